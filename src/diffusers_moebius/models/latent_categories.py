@@ -1,0 +1,64 @@
+"""The latent-categories-guidance (LCG) embedding: which kind of content the hole is to be filled with."""
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+
+class LatentCategoriesEmbedder(ModelMixin, ConfigMixin):
+    """
+    Embeds latent category ids into the context tokens of the denoiser.
+
+    The first half of the ids means *background*, the second half *foreground* (PixelHacker, arXiv 2504.20438, section
+    3.2). At inference the background tokens are the conditional branch of the guidance and the foreground tokens the
+    unconditional one.
+
+    Args:
+        num_embeddings (`int`, defaults to 20): Number of ids, half of them background. Must be even.
+        embedding_dim (`int`, defaults to 3072): Width of a token.
+
+    Raises:
+        ValueError: If `num_embeddings` is not a positive even number or `embedding_dim` is not positive.
+    """
+
+    @register_to_config
+    def __init__(self, num_embeddings: int = 20, embedding_dim: int = 3072):
+        super().__init__()
+        if num_embeddings < 2 or num_embeddings % 2:
+            raise ValueError(f"`num_embeddings` must be a positive even number, but is {num_embeddings}.")
+        if embedding_dim < 1:
+            raise ValueError(f"`embedding_dim` must be positive, but is {embedding_dim}.")
+        self.embedding_layer = nn.Embedding(num_embeddings, embedding_dim)
+
+    @property
+    def context_length(self) -> int:
+        """Number of tokens of one category, 10 in the published models."""
+        return self.config.num_embeddings // 2
+
+    def category_ids(self, category: str, batch_size: int = 1) -> torch.LongTensor:
+        """
+        The ids of a category.
+
+        Args:
+            category (`str`): `"background"` or `"foreground"`.
+            batch_size (`int`, defaults to 1): Number of rows.
+
+        Returns:
+            `torch.LongTensor` of shape `[batch_size, context_length]` on the device of the weights.
+        """
+        if category not in ("background", "foreground"):
+            raise ValueError(f'`category` must be "background" or "foreground", but is {category!r}.')
+        first = 0 if category == "background" else self.context_length
+        ids = torch.arange(first, first + self.context_length, device=self.embedding_layer.weight.device)
+        return ids.expand(batch_size, -1)
+
+    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `[B, context_length]`): Category ids.
+
+        Returns:
+            `torch.Tensor` of shape `[B, context_length, embedding_dim]`.
+        """
+        return self.embedding_layer(input_ids)
