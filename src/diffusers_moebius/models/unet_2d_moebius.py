@@ -1,0 +1,828 @@
+"""The Moebius denoiser (arXiv 2606.19195, section 3), bottom-up: convolutions, lambda layers, blocks, model."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput, apply_lora_scale
+from torch import nn
+
+SELF_ATTENTION_TYPES = ("local_lambda", "gla")
+CROSS_ATTENTION_TYPES = ("interactive_lambda", "softmax")
+FEED_FORWARD_TYPES = ("mix_ffn", "geglu")
+CONV_TYPES = ("separable", "full")
+
+
+@dataclass
+class MoebiusUNet2DOutput(BaseOutput):
+    """
+    The output of [`MoebiusUNet2DModel`].
+
+    Args:
+        sample (`torch.Tensor` of shape `[B, out_channels, H, W]`): The prediction, as the scheduler's
+            `prediction_type` defines it.
+        hidden_states (`tuple[torch.Tensor, ...]`, *optional*): The output of every down block, then of every up block,
+            for `output_hidden_states=True`.
+    """
+
+    sample: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class SeparableConv2d(nn.Module):
+    """Depthwise 3x3 convolution, BatchNorm, ReLU, pointwise convolution, BatchNorm; adds its input if widths agree."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.has_skip = in_channels == out_channels
+        self.conv_dw = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output = self.bn2(self.conv_pw(F.relu(self.bn1(self.conv_dw(hidden_states)))))
+        return output + hidden_states if self.has_skip else output
+
+
+def make_conv(conv_type: str, in_channels: int, out_channels: int) -> nn.Module:
+    if conv_type == "separable":
+        return SeparableConv2d(in_channels, out_channels)
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+
+class MoebiusResnetBlock2D(nn.Module):
+    """Two normalised convolutions with the time embedding added between them, and a shortcut."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_embed_dim: int,
+        norm_num_groups: int,
+        norm_eps: float,
+        dropout: float,
+        conv_type: str,
+    ):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
+        self.conv1 = make_conv(conv_type, in_channels, out_channels)
+        self.time_emb_proj = nn.Linear(time_embed_dim, out_channels)
+        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=norm_eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = make_conv(conv_type, out_channels, out_channels)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        residual = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
+        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
+        hidden_states = hidden_states + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        hidden_states = self.conv2(self.dropout(F.silu(self.norm2(hidden_states))))
+        return residual + hidden_states
+
+
+class LocalPositionConv(nn.Conv3d):
+    """
+    The `r x r` position filters of Local-lambda, one for each of the `k` query channels.
+
+    The published weights come from a 3-D convolution over the value channels. Calling the module returns its filters
+    `[k, r, r]` and biases `[k]`, so that the processors share them and offloading hooks see the access.
+    """
+
+    def __init__(self, key_dim: int, window_size: int):
+        padding = window_size // 2
+        super().__init__(1, key_dim, (1, window_size, window_size), padding=(0, padding, padding))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight[:, 0, 0], self.bias.view(-1)
+
+
+class LambdaLayer(nn.Module):
+    """What both lambda layers share: `h` heads of queries that read one linear map of `k` keys and `v` values."""
+
+    processor_types: tuple[type, ...] = ()
+
+    def __init__(self, dim: int, num_heads: int, processor):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(
+                f"`num_attention_heads` must divide the width of every block, but is {num_heads} for {dim}."
+            )
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads  # k = v
+        self.set_processor(processor)
+
+    def get_processor(self):
+        return self.processor
+
+    def set_processor(self, processor) -> None:
+        if not isinstance(processor, self.processor_types):
+            allowed = ", ".join(cls.__name__ for cls in self.processor_types)
+            raise ValueError(
+                f"`processor` of {type(self).__name__} must be one of {allowed}, but is {type(processor).__name__}."
+            )
+        self.processor = processor
+
+
+class LocalLambdaProcessor:
+    """Local-lambda by its formulas, one lambda matrix for every position (reference; slow and large)."""
+
+    def __call__(self, attn: "LocalLambda", hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, _, height, width = hidden_states.shape
+        query, key, value = attn.project(hidden_states)  # [B, h, k, n], [B, k, n], [B, v, n]
+        content_lambda = torch.einsum("bkn,bvn->bkv", key, value)
+
+        filters, bias = attn.pos_conv()
+        value = value.reshape(-1, 1, height, width)  # [B v, 1, H, W]
+        position_lambda = F.conv2d(value, filters[:, None], bias, padding=filters.shape[-1] // 2)
+        position_lambda = position_lambda.view(batch, attn.head_dim, attn.head_dim, -1)  # [B, v, k, n]
+
+        output = torch.einsum("bhkn,bkv->bhvn", query, content_lambda)
+        output = output + torch.einsum("bhkn,bvkn->bhvn", query, position_lambda)
+        return output.reshape(batch, -1, height, width)
+
+
+class FastLocalLambdaProcessor:
+    """
+    Local-lambda without the lambda matrices: the same sums in another order (exact but for rounding).
+
+    `sum_k Q[h,k,n] sum_d W[k,d] V[v,n+d]` is evaluated as `sum_d (sum_k Q[h,k,n] W[k,d]) V[v,n+d]`. A row of the
+    picture is cut into tiles of positions. The inner sum is one matrix product; the filters are zero-padded to the
+    width of a tile's neighbourhood, so that reading the product with a row length one shorter moves the filters of the
+    `x`-th position `x` columns to the right. The outer sum is then one matrix product with the neighbourhood's values.
+
+    Args:
+        tile_width (`int`, defaults to 16): Positions in a tile; rows up to twice as wide are one tile.
+        max_elements (`int`, defaults to 2**24): Rows are worked on in groups that keep the product below this size.
+    """
+
+    def __init__(self, tile_width: int = 16, max_elements: int = 2**24):
+        self.tile_width = tile_width
+        self.max_elements = max_elements
+
+    def __call__(self, attn: "LocalLambda", hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, _, height, width = hidden_states.shape
+        heads, dim = attn.num_heads, attn.head_dim
+        query, key, value = attn.project(hidden_states)  # [B, h, k, n], [B, k, n], [B, v, n]
+        filters, bias = attn.pos_conv()
+        window = filters.shape[-1]
+        radius = window // 2
+
+        single = width <= 2 * self.tile_width
+        tile = width if single else self.tile_width
+        tiles = -(-width // tile)
+        right = tiles * tile - width
+        span = tile + 2 * radius  # columns that a tile's positions see
+        filters = F.pad(F.pad(filters, (0, span - window)).flatten(1), (0, 1))  # [k, r * span + 1]
+
+        query = F.pad(query.unflatten(-1, (height, width)), (0, right)).unflatten(-1, (tiles, tile))
+        query = query.permute(0, 3, 4, 1, 5, 2).reshape(batch, height, tiles, heads * tile, dim)
+
+        # The bias of the position filters is the same for every value channel: it belongs to the content lambda.
+        content = key @ value.transpose(1, 2) + bias[:, None]  # [B, k, v]
+
+        # A single tile sees the whole row: the columns outside of the picture are zero and are left out.
+        columns = (0, 0) if single else (radius, radius + right)
+        value = F.pad(value.unflatten(-1, (height, width)), (*columns, radius, radius)).permute(0, 2, 3, 1)
+        rows = max(1, self.max_elements // (batch * tiles * heads * tile * window * span))
+        output = []
+        for top in range(0, height, rows):
+            query_rows = query[:, top : top + rows]
+            count = query_rows.shape[1]
+            weights = (query_rows @ filters).unflatten(-2, (heads, tile))  # [B, rows, tiles, h, tile, r * span + 1]
+            weights = weights.flatten(-2)[..., : tile * window * span].unflatten(-1, (tile, window, span))
+            values = value[:, top : top + count + 2 * radius].unfold(1, window, 1)  # [B, rows, columns, v, r]
+            if single:
+                weights = weights[..., radius : radius + width]
+                values = values.permute(0, 1, 4, 2, 3).reshape(batch * count, window * width, dim)
+            else:
+                values = values.unfold(2, span, tile)  # [B, rows, tiles, v, r, span]
+                values = values.permute(0, 1, 2, 4, 5, 3).reshape(batch * count * tiles, window * span, dim)
+            weights = weights.reshape(batch * count * tiles, heads * tile, -1)
+            sums = torch.bmm(weights, values).view(batch, count, tiles, heads * tile, dim)
+            output.append(sums + (query_rows.flatten(1, 3) @ content).view_as(sums))
+        output = torch.cat(output, 1) if len(output) > 1 else output[0]  # [B, H, tiles, h * tile, v]
+        output = output.unflatten(3, (heads, tile)).permute(0, 1, 2, 4, 3, 5)  # [B, H, tiles, tile, h, v]
+        output = output.reshape(batch, height, tiles * tile, heads * dim)[:, :, :width]
+        return output.permute(0, 3, 1, 2)  # [B, h v, H, W], channels last in memory
+
+
+class LocalLambda(LambdaLayer):
+    """
+    Local-lambda self-attention: a global content lambda and a local position lambda (paper, section 3.2).
+
+    Args:
+        dim (`int`): Width `C = h k` of input and output.
+        num_heads (`int`): Number of query heads `h`.
+        window_size (`int`): Side `r` of the local window, odd.
+        processor: [`FastLocalLambdaProcessor`] (default) or [`LocalLambdaProcessor`].
+    """
+
+    processor_types = (LocalLambdaProcessor, FastLocalLambdaProcessor)
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, processor=None):
+        super().__init__(dim, num_heads, processor or FastLocalLambdaProcessor())
+        self.to_q = nn.Conv2d(dim, dim, 1, bias=False)
+        self.to_k = nn.Conv2d(dim, self.head_dim, 1, bias=False)
+        self.to_v = nn.Conv2d(dim, self.head_dim, 1, bias=False)
+        self.norm_q = nn.BatchNorm2d(dim)
+        self.norm_v = nn.BatchNorm2d(self.head_dim)
+        self.pos_conv = LocalPositionConv(self.head_dim, window_size)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query = self.norm_q(self.to_q(hidden_states)).flatten(2).unflatten(1, (self.num_heads, -1))  # [B, h, k, n]
+        key = self.to_k(hidden_states).flatten(2)  # [B, k, n]
+        key = key.softmax(-1, dtype=torch.float32).to(key.dtype)
+        value = self.norm_v(self.to_v(hidden_states)).flatten(2)  # [B, v, n]
+        return query, key, value
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)  # [B, C, H, W]
+
+
+class InteractiveLambdaProcessor:
+    """Interactive-lambda by its formulas, one lambda matrix for every position (reference; slow and large)."""
+
+    def __call__(
+        self, attn: "InteractiveLambda", hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        batch, _, height, width = hidden_states.shape
+        query = attn.project_query(hidden_states)  # [B, h, k, n]
+        key, value = attn.project_context(encoder_hidden_states)  # [B, m, k], [B, m, v]
+        embedding = attn.position_embedding(height, width)  # [n, m, k]
+        content_lambda = torch.einsum("bmk,bmv->bkv", key, value)
+        position_lambda = torch.einsum("nmk,bmv->bnkv", embedding, value)
+        output = torch.einsum("bhkn,bkv->bhvn", query, content_lambda)
+        output = output + torch.einsum("bhkn,bnkv->bhvn", query, position_lambda)
+        return output.reshape(batch, -1, height, width)
+
+
+class FastInteractiveLambdaProcessor:
+    """
+    Interactive-lambda without the lambda matrices: the same sums in another order (exact but for rounding).
+
+    `sum_k Q[h,k,n] sum_m (K[m,k] + E[n,m,k]) V[m,v]` contracts the queries with keys and position embeddings first.
+    """
+
+    def __call__(
+        self, attn: "InteractiveLambda", hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        batch, channels, height, width = hidden_states.shape
+        query = attn.project_query(hidden_states)  # [B, h, k, n]
+        key, value = attn.project_context(encoder_hidden_states)  # [B, m, k], [B, m, v]
+        embedding = attn.position_embedding(height, width)  # [n, m, k]
+        query = query.permute(3, 0, 1, 2)  # [n, B, h, k]
+        weights = torch.bmm(query.flatten(1, 2), embedding.transpose(1, 2)).unflatten(1, (batch, -1))  # [n, B, h, m]
+        weights = weights + query @ key.transpose(1, 2)
+        output = (weights.transpose(0, 1).flatten(1, 2) @ value).view(batch, height, width, channels)  # (h v) inside
+        return output.permute(0, 3, 1, 2)
+
+
+class InteractiveLambda(LambdaLayer):
+    """
+    Interactive-lambda cross-attention between positions and context tokens (paper, section 3.2).
+
+    Args:
+        dim (`int`): Width `C = h k` of input and output.
+        num_heads (`int`): Number of query heads `h`.
+        cross_attention_dim (`int`): Width of the context tokens.
+        context_length (`int`): Number of context tokens `m`.
+        grid_size (`int`): Side of the square grid for which the position embeddings are stored. Other sizes are
+            resampled from it.
+        processor: [`FastInteractiveLambdaProcessor`] (default) or [`InteractiveLambdaProcessor`].
+    """
+
+    processor_types = (InteractiveLambdaProcessor, FastInteractiveLambdaProcessor)
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        cross_attention_dim: int,
+        context_length: int,
+        grid_size: int,
+        processor=None,
+    ):
+        super().__init__(dim, num_heads, processor or FastInteractiveLambdaProcessor())
+        self.grid_size = grid_size
+        self.rel_pos_emb = nn.Parameter(torch.empty(grid_size**2, context_length, self.head_dim, 1))
+        nn.init.trunc_normal_(self.rel_pos_emb, std=0.02)
+        self.to_q = nn.Conv2d(dim, dim, 1, bias=False)
+        self.to_k = nn.Linear(cross_attention_dim, self.head_dim, bias=False)
+        self.to_v = nn.Linear(cross_attention_dim, self.head_dim, bias=False)
+        self.norm_q = nn.BatchNorm2d(dim)
+        self.norm_v = nn.BatchNorm1d(self.head_dim)
+
+    def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm_q(self.to_q(hidden_states)).flatten(2).unflatten(1, (self.num_heads, -1))  # [B, h, k, n]
+
+    def project_context(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = self.to_k(encoder_hidden_states)  # [B, m, k]
+        key = key.softmax(1, dtype=torch.float32).to(key.dtype)
+        value = self.norm_v(self.to_v(encoder_hidden_states).transpose(1, 2)).transpose(1, 2)  # [B, m, v]
+        return key, value
+
+    def position_embedding(self, height: int, width: int) -> torch.Tensor:
+        """The position embeddings `[n, m, k]` of a grid: as stored at the native size, else bilinearly resampled."""
+        embedding = self.rel_pos_emb.squeeze(-1)
+        grid = self.grid_size
+        if (height, width) == (grid, grid):
+            return embedding
+        length, dim = embedding.shape[1:]
+        embedding = embedding.reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+        embedding = F.interpolate(embedding, (height, width), mode="bilinear", align_corners=False)
+        return embedding.permute(0, 2, 3, 1).reshape(-1, length, dim)
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states, encoder_hidden_states)  # [B, C, H, W]
+
+
+class ConvLayer(nn.Module):
+    """A convolution with an optional SiLU; the level of nesting is that of the published names."""
+
+    def __init__(self, conv: nn.Conv2d, activation: bool):
+        super().__init__()
+        self.conv = conv
+        self.activation = activation
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv(hidden_states)
+        return F.silu(hidden_states) if self.activation else hidden_states
+
+
+class MixFeedForward(nn.Module):
+    """Gated feed-forward with a depthwise 3x3 convolution between its two projections (paper, section 3.3)."""
+
+    def __init__(self, dim: int, ratio: float):
+        super().__init__()
+        hidden = int(ratio * dim)
+        self.inverted_conv = ConvLayer(nn.Conv2d(dim, 2 * hidden, 1), activation=True)
+        depth_conv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.depth_conv = ConvLayer(depth_conv, activation=False)
+        self.point_conv = ConvLayer(nn.Conv2d(hidden, dim, 1, bias=False), activation=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states, gate = self.depth_conv(self.inverted_conv(hidden_states)).chunk(2, 1)
+        return self.point_conv(hidden_states * F.silu(gate))
+
+
+class GatedLinearAttentionProcessor:
+    """Gated linear attention as the literal recurrence over the positions in raster order (SPEC: one state a step)."""
+
+    def __call__(self, attn: "GatedLinearAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = hidden_states.shape
+        query, key, value, log_decay = attn.project(hidden_states)  # [B, h, n, d_k] or [B, h, n, d_v]
+        decay = log_decay.exp()
+        state = value.new_zeros(batch, attn.num_heads, key.shape[-1], value.shape[-1])
+        output = []
+        for t in range(length):
+            state = decay[:, :, t, :, None] * state + key[:, :, t, :, None] * value[:, :, t, None, :]
+            output.append((query[:, :, t, None, :] @ state)[:, :, 0])
+        return attn.gate_output(torch.stack(output, 2), hidden_states)
+
+
+class GatedLinearAttention(nn.Module):
+    """
+    Gated linear attention, causal in raster order (arXiv 2312.06635), as PixelHacker uses it for self-attention.
+
+    The state is kept in float32. Key and query are half as wide as the value.
+
+    Args:
+        dim (`int`): Width `C` of input and output.
+        num_heads (`int`): Number of heads.
+        gate_low_rank_dim (`int`, defaults to 16): Rank of the decay's projection.
+        gate_logit_normalizer (`float`, defaults to 16): Divides the decay's logarithm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        gate_low_rank_dim: int = 16,
+        gate_logit_normalizer: float = 16,
+        processor=None,
+    ):
+        super().__init__()
+        if dim % (2 * num_heads):
+            raise ValueError(f"`num_attention_heads` must divide half of every width, but is {num_heads} for {dim}.")
+        self.num_heads = num_heads
+        self.gate_logit_normalizer = gate_logit_normalizer
+        self.q_proj = nn.Linear(dim, dim // 2, bias=False)
+        self.k_proj = nn.Linear(dim, dim // 2, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.g_proj = nn.Linear(dim, dim, bias=False)
+        self.gk_proj = nn.Sequential(
+            nn.Linear(dim, gate_low_rank_dim, bias=False), nn.Linear(gate_low_rank_dim, dim // 2)
+        )
+        self.g_norm_swish_gate = nn.RMSNorm(dim // num_heads, eps=1e-6)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+        self.set_processor(processor or GatedLinearAttentionProcessor())
+
+    def get_processor(self):
+        return self.processor
+
+    def set_processor(self, processor) -> None:
+        self.processor = processor
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Query (scaled), key, value and logarithm of the decay, each `[B, h, n, d]` in float32."""
+
+        def split(tensor):
+            return tensor.float().unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        query = split(self.q_proj(hidden_states))
+        log_decay = F.logsigmoid(split(self.gk_proj(hidden_states))) / self.gate_logit_normalizer
+        key, value = split(self.k_proj(hidden_states)), split(self.v_proj(hidden_states))
+        return query * query.shape[-1] ** -0.5, key, value, log_decay
+
+    def gate_output(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalises `[B, h, n, d_v]` per head, applies the swish gate and projects to `[B, n, C]`."""
+        output = self.g_norm_swish_gate(output.transpose(1, 2).to(hidden_states.dtype)).flatten(2)
+        return self.o_proj(output * F.silu(self.g_proj(hidden_states)))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+def to_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states.flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, n, C]
+
+
+def to_grid(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return tokens.transpose(1, 2).reshape(like.shape)
+
+
+class MoebiusTransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each normalised before and added to its input."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        cross_attention_dim: int,
+        context_length: int,
+        grid_size: int,
+        window_size: int,
+        mix_ffn_ratio: float,
+        self_attention_type: str,
+        cross_attention_type: str,
+        feed_forward_type: str,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        if self_attention_type == "local_lambda":
+            self.attn1 = LocalLambda(dim, num_heads, window_size)
+        else:
+            self.attn1 = GatedLinearAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        if cross_attention_type == "interactive_lambda":
+            self.attn2 = InteractiveLambda(dim, num_heads, cross_attention_dim, context_length, grid_size)
+        else:
+            self.attn2 = Attention(dim, cross_attention_dim, heads=num_heads, dim_head=dim // num_heads)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = MixFeedForward(dim, mix_ffn_ratio) if feed_forward_type == "mix_ffn" else FeedForward(dim)
+
+    @staticmethod
+    def normalize(norm: nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+        return norm(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # over the channels of [B, C, H, W]
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = self.normalize(self.norm1, hidden_states)
+        if isinstance(self.attn1, LocalLambda):
+            hidden_states = hidden_states + self.attn1(normed)
+        else:
+            hidden_states = hidden_states + to_grid(self.attn1(to_tokens(normed)), hidden_states)
+
+        normed = self.normalize(self.norm2, hidden_states)
+        if isinstance(self.attn2, InteractiveLambda):
+            hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states)
+        else:
+            tokens = self.attn2(to_tokens(normed), encoder_hidden_states=encoder_hidden_states)
+            hidden_states = hidden_states + to_grid(tokens, hidden_states)
+
+        normed = self.normalize(self.norm3, hidden_states)
+        if isinstance(self.ff, MixFeedForward):
+            return hidden_states + self.ff(normed)
+        return hidden_states + to_grid(self.ff(to_tokens(normed)), hidden_states)
+
+
+class MoebiusTransformer2DModel(nn.Module):
+    """One transformer block between two projections, added to its input."""
+
+    def __init__(self, dim: int, norm_num_groups: int, **block_kwargs):
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_num_groups, dim, eps=1e-6)
+        self.proj_in = nn.Conv2d(dim, dim, 1)
+        self.transformer_blocks = nn.ModuleList([MoebiusTransformerBlock(dim, **block_kwargs)])
+        self.proj_out = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.proj_in(self.norm(hidden_states))
+        for block in self.transformer_blocks:
+            hidden_states = block(hidden_states, encoder_hidden_states)
+        return self.proj_out(hidden_states) + residual
+
+
+class MoebiusDownsample2D(nn.Module):
+    """A full 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(hidden_states)
+
+
+class MoebiusUpsample2D(nn.Module):
+    """Nearest-neighbour enlargement by 2 and a full 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class MoebiusDownBlock2D(nn.Module):
+    """Residual blocks, each followed by a transformer, then an optional downsampling."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        add_downsample: bool,
+        resnet: dict,
+        transformer: dict,
+    ):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            MoebiusResnetBlock2D(in_channels if i == 0 else out_channels, out_channels, **resnet)
+            for i in range(num_layers)
+        )
+        self.attentions = nn.ModuleList(
+            MoebiusTransformer2DModel(out_channels, **transformer) for _ in range(num_layers)
+        )
+        self.downsamplers = nn.ModuleList([MoebiusDownsample2D(out_channels)]) if add_downsample else None
+
+    def forward(
+        self, hidden_states: torch.Tensor, temb: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        skips = ()
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            hidden_states = attention(resnet(hidden_states, temb), encoder_hidden_states)
+            skips += (hidden_states,)
+        if self.downsamplers is not None:
+            hidden_states = self.downsamplers[0](hidden_states)
+            skips += (hidden_states,)
+        return hidden_states, skips
+
+
+class MoebiusUpBlock2D(nn.Module):
+    """Residual blocks on the concatenated skips, each followed by a transformer, then an optional upsampling."""
+
+    def __init__(self, in_channels: list[int], out_channels: int, add_upsample: bool, resnet: dict, transformer: dict):
+        super().__init__()
+        self.resnets = nn.ModuleList(MoebiusResnetBlock2D(width, out_channels, **resnet) for width in in_channels)
+        self.attentions = nn.ModuleList(MoebiusTransformer2DModel(out_channels, **transformer) for _ in in_channels)
+        self.upsamplers = nn.ModuleList([MoebiusUpsample2D(out_channels)]) if add_upsample else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        skips: tuple[torch.Tensor, ...],
+        temb: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+    ) -> torch.Tensor:
+        for resnet, attention, skip in zip(self.resnets, self.attentions, reversed(skips), strict=True):
+            hidden_states = torch.cat([hidden_states, skip], 1)
+            hidden_states = attention(resnet(hidden_states, temb), encoder_hidden_states)
+        return hidden_states if self.upsamplers is None else self.upsamplers[0](hidden_states)
+
+
+class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    r"""
+    The U-Net of Moebius that predicts the noise of inpainted latents (arXiv 2606.19195, section 3).
+
+    The defaults are the published model. In half precision the softmaxes and the sinusoidal time embedding are computed
+    in float32, and the BatchNorm layers keep float32 weights and statistics when the model is loaded with `dtype`.
+
+    Args:
+        sample_size (`int`, defaults to 64): Native side of the latents; other sizes resample the position embeddings.
+        in_channels (`int`, defaults to 9): Channels of the input: noisy latents (4), mask (1), masked-image latents (4).
+        out_channels (`int`, defaults to 4): Channels of the prediction.
+        block_out_channels (`tuple[int, ...]`, defaults to `(320, 640, 1280)`): Width of each level.
+        layers_per_block (`int`, defaults to 2): Residual blocks in a down block; an up block has one more.
+        num_attention_heads (`int`, defaults to 8): Heads at every level.
+        cross_attention_dim (`int`, defaults to 768): Width to which the context tokens are projected.
+        encoder_hid_dim (`int`, defaults to 3072): Width of the context tokens as given.
+        context_length (`int`, defaults to 10): Number of context tokens.
+        local_window_size (`int`, defaults to 15): Side of Local-lambda's window in positions, odd.
+        mix_ffn_ratio (`float`, defaults to 2.5): Width of the Mix-FFN in relation to its input.
+        norm_num_groups (`int`, defaults to 32): Groups of the group normalisations.
+        norm_eps (`float`, defaults to 1e-5): Epsilon of the group normalisations of the residual blocks and the head.
+        dropout (`float`, defaults to 0.0): Dropout in the residual blocks.
+        self_attention_type (`str`, defaults to `"local_lambda"`): Or `"gla"`, as in the paper's Table 2.
+        cross_attention_type (`str`, defaults to `"interactive_lambda"`): Or `"softmax"`.
+        feed_forward_type (`str`, defaults to `"mix_ffn"`): Or `"geglu"`.
+        conv_type (`str`, defaults to `"separable"`): Or `"full"`, for the residual blocks.
+
+    Raises:
+        ValueError: If an argument is not one of its allowed values, or widths do not divide.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["MoebiusTransformer2DModel", "MoebiusResnetBlock2D"]
+    _repeated_blocks = ["MoebiusTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["norm", "bn1", "bn2", "pos_conv", "time_embedding"]
+    _keep_in_fp32_modules = ["bn1", "bn2", "norm_q", "norm_v"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 64,
+        in_channels: int = 9,
+        out_channels: int = 4,
+        block_out_channels: tuple[int, ...] = (320, 640, 1280),
+        layers_per_block: int = 2,
+        num_attention_heads: int = 8,
+        cross_attention_dim: int = 768,
+        encoder_hid_dim: int = 3072,
+        context_length: int = 10,
+        local_window_size: int = 15,
+        mix_ffn_ratio: float = 2.5,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        self_attention_type: str = "local_lambda",
+        cross_attention_type: str = "interactive_lambda",
+        feed_forward_type: str = "mix_ffn",
+        conv_type: str = "separable",
+    ):
+        super().__init__()
+        for name, given, allowed in (
+            ("self_attention_type", self_attention_type, SELF_ATTENTION_TYPES),
+            ("cross_attention_type", cross_attention_type, CROSS_ATTENTION_TYPES),
+            ("feed_forward_type", feed_forward_type, FEED_FORWARD_TYPES),
+            ("conv_type", conv_type, CONV_TYPES),
+        ):
+            if given not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, but is {given!r}.")
+        if not block_out_channels:
+            raise ValueError("`block_out_channels` must name the width of at least one level, but is empty.")
+        if local_window_size < 1 or local_window_size % 2 == 0:
+            raise ValueError(f"`local_window_size` must be odd and positive, but is {local_window_size}.")
+        for width in block_out_channels:
+            if width % norm_num_groups:
+                raise ValueError(f"`norm_num_groups` must divide every width, but is {norm_num_groups} for {width}.")
+        factor = 2 ** (len(block_out_channels) - 1)
+        if sample_size < factor or sample_size % factor:
+            raise ValueError(f"`sample_size` must be a positive multiple of {factor}, but is {sample_size}.")
+
+        time_embed_dim = 4 * block_out_channels[0]
+        self.time_proj = Timesteps(block_out_channels[0], flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(block_out_channels[0], time_embed_dim)
+        self.encoder_hid_proj = nn.Linear(encoder_hid_dim, cross_attention_dim)
+
+        resnet = {
+            "time_embed_dim": time_embed_dim,
+            "norm_num_groups": norm_num_groups,
+            "norm_eps": norm_eps,
+            "dropout": dropout,
+            "conv_type": conv_type,
+        }
+        transformer = {
+            "norm_num_groups": norm_num_groups,
+            "num_heads": num_attention_heads,
+            "cross_attention_dim": cross_attention_dim,
+            "context_length": context_length,
+            "window_size": local_window_size,
+            "mix_ffn_ratio": mix_ffn_ratio,
+            "self_attention_type": self_attention_type,
+            "cross_attention_type": cross_attention_type,
+            "feed_forward_type": feed_forward_type,
+        }
+        self.conv_in = make_conv(conv_type, in_channels, block_out_channels[0])
+        levels = len(block_out_channels)
+        self.down_blocks = nn.ModuleList()
+        skip_channels = [block_out_channels[0]]
+        channels = block_out_channels[0]
+        for level, width in enumerate(block_out_channels):
+            has_sampler = level < levels - 1
+            grid = {"grid_size": sample_size // 2**level}
+            block = MoebiusDownBlock2D(channels, width, layers_per_block, has_sampler, resnet, transformer | grid)
+            self.down_blocks.append(block)
+            skip_channels += [width] * (layers_per_block + has_sampler)
+            channels = width
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(levels)):
+            width = block_out_channels[level]
+            has_sampler = level > 0
+            in_widths = []
+            for _ in range(layers_per_block + 1):
+                in_widths.append(channels + skip_channels.pop())
+                channels = width
+            grid = {"grid_size": sample_size // 2**level}
+            self.up_blocks.append(MoebiusUpBlock2D(in_widths, width, has_sampler, resnet, transformer | grid))
+
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
+        self.conv_out = make_conv(conv_type, block_out_channels[0], out_channels)
+        self.gradient_checkpointing = False
+
+    def set_lambda_algorithm(self, algorithm: str) -> None:
+        """
+        Chooses how the lambda layers are evaluated; both give the same numbers but for rounding.
+
+        Args:
+            algorithm (`str`): `"fast"` (the default of a new model) or `"reference"`, the formulas taken literally.
+        """
+        processors = {
+            "fast": (FastLocalLambdaProcessor, FastInteractiveLambdaProcessor),
+            "reference": (LocalLambdaProcessor, InteractiveLambdaProcessor),
+        }
+        if algorithm not in processors:
+            raise ValueError(f"`algorithm` must be one of {', '.join(processors)}, but is {algorithm!r}.")
+        local, interactive = processors[algorithm]
+        for module in self.modules():
+            if isinstance(module, LambdaLayer):
+                module.set_processor(local() if isinstance(module, LocalLambda) else interactive())
+
+    def check_inputs(self, sample: torch.Tensor, encoder_hidden_states: torch.Tensor) -> None:
+        config = self.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
+            raise ValueError(
+                f"`sample` must have the shape [B, {config.in_channels}, H, W], but has {list(sample.shape)}."
+            )
+        if min(sample.shape[2:]) < factor or sample.shape[2] % factor or sample.shape[3] % factor:
+            raise ValueError(
+                f"`sample` must have a height and width that are positive multiples of {factor}, but has"
+                f" {list(sample.shape[2:])}."
+            )
+        expected = [sample.shape[0], config.context_length, config.encoder_hid_dim]
+        if list(encoder_hidden_states.shape) != expected:
+            raise ValueError(
+                f"`encoder_hidden_states` must have the shape {expected}, but has {list(encoder_hidden_states.shape)}."
+            )
+
+    def run_block(self, block: nn.Module, *args):
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor,
+        attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+        output_hidden_states: bool = False,
+    ) -> MoebiusUNet2DOutput | tuple:
+        """
+        Args:
+            sample (`torch.Tensor` of shape `[B, in_channels, H, W]`): Noisy latents, mask and masked-image latents; H
+                and W multiples of 4 (of 2 to the number of levels less one).
+            timestep (`torch.Tensor`, `float` or `int`): One for all, or one for each sample of the batch.
+            encoder_hidden_states (`torch.Tensor` of shape `[B, context_length, encoder_hid_dim]`): LCG tokens.
+            attention_kwargs (`dict`, *optional*): `{"scale": s}` sets the weight of the active LoRA adapters.
+            return_dict (`bool`, defaults to `True`): Return a [`MoebiusUNet2DOutput`] instead of a tuple.
+            output_hidden_states (`bool`, defaults to `False`): Also return the output of every block.
+
+        Returns:
+            [`MoebiusUNet2DOutput`], or a tuple of the prediction and, if asked for, the tuple of block outputs.
+        """
+        self.check_inputs(sample, encoder_hidden_states)
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor([timestep], device=sample.device)
+        timestep = timestep.reshape(-1).to(sample.device).expand(sample.shape[0])
+        temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
+        encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
+
+        hidden_states = self.conv_in(sample)
+        skips = (hidden_states,)
+        block_outputs = ()
+        for block in self.down_blocks:
+            hidden_states, block_skips = self.run_block(block, hidden_states, temb, encoder_hidden_states)
+            skips += block_skips
+            block_outputs += (hidden_states,)
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            skips, block_skips = skips[:-count], skips[-count:]
+            hidden_states = self.run_block(block, hidden_states, block_skips, temb, encoder_hidden_states)
+            block_outputs += (hidden_states,)
+        sample = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
+
+        if not return_dict:
+            return (sample, block_outputs) if output_hidden_states else (sample,)
+        return MoebiusUNet2DOutput(sample=sample, hidden_states=block_outputs if output_hidden_states else None)
