@@ -36,21 +36,26 @@ class LatentCategoriesEmbedder(ModelMixin, ConfigMixin):
         """Number of tokens of one category, 10 in the published models."""
         return self.config.num_embeddings // 2
 
-    def category_ids(self, category: str, batch_size: int = 1) -> torch.LongTensor:
+    def category_ids(
+        self, category: str, batch_size: int = 1, device: torch.device | str | None = None
+    ) -> torch.LongTensor:
         """
         The ids of a category.
 
         Args:
             category (`str`): `"background"` or `"foreground"`.
             batch_size (`int`, defaults to 1): Number of rows.
+            device (`torch.device`, *optional*): Where to put them, by default where the weights are. Offloaded weights
+                may be on no real device.
 
         Returns:
-            `torch.LongTensor` of shape `[batch_size, context_length]` on the device of the weights.
+            `torch.LongTensor` of shape `[batch_size, context_length]`.
         """
         if category not in ("background", "foreground"):
             raise ValueError(f'`category` must be "background" or "foreground", but is {category!r}.')
         first = 0 if category == "background" else self.context_length
-        ids = torch.arange(first, first + self.context_length, device=self.embedding_layer.weight.device)
+        device = self.embedding_layer.weight.device if device is None else device
+        ids = torch.arange(first, first + self.context_length, device=device)
         return ids.expand(batch_size, -1)
 
     def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
