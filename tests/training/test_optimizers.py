@@ -1,0 +1,51 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_moebius.training.optimizers import Muon, muon_parameter_groups, orthogonalize
+
+
+def test_three_steps_match_the_release(parity_dir):
+    numbers = load_file(parity_dir / "muon.safetensors")
+    parameters = {name: torch.nn.Parameter(numbers[f"before.{name}"]) for name in ("matrix", "conv", "bias")}
+    groups = [
+        {"params": [parameters["matrix"], parameters["conv"]], "use_muon": True},
+        {"params": [parameters["bias"]], "use_muon": False},
+    ]
+    optimizer = Muon(groups, lr=2e-4, weight_decay=0.1)
+    for step in range(3):
+        for name, parameter in parameters.items():
+            parameter.grad = numbers[f"grad.{step}.{name}"]
+        optimizer.step()
+        for name, parameter in parameters.items():
+            expected = numbers[f"after.{step}.{name}"]
+            change = (expected - numbers[f"before.{name}"]).abs().max()
+            assert (parameter - expected).abs().max() <= 1e-3 * change, (step, name)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+def test_orthogonalize_brings_singular_values_near_one(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(matrices, steps=10))
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_groups_hold_every_parameter_once(tiny_unet, tiny_lcg_embedder):
+    groups = muon_parameter_groups({"unet": tiny_unet, "lcg_embedder": tiny_lcg_embedder})
+    muon, adamw = (group["params"] for group in groups)
+    assert groups[0]["use_muon"] and not groups[1]["use_muon"]
+    everything = [*tiny_unet.parameters(), *tiny_lcg_embedder.parameters()]
+    assert sorted(map(id, muon + adamw)) == sorted(map(id, everything))
+    assert all(parameter.ndim >= 2 for parameter in muon)
+    in_adamw = {id(parameter) for parameter in adamw}
+    for parameter in (
+        tiny_unet.conv_in.conv_pw.weight,
+        tiny_unet.conv_out.conv_pw.weight,
+        tiny_lcg_embedder.embedding_layer.weight,
+    ):
+        assert id(parameter) in in_adamw
+
+
+def test_plain_parameters_are_refused():
+    with pytest.raises(ValueError, match="`params`"):
+        Muon([torch.nn.Parameter(torch.zeros(2, 2))])

@@ -1,0 +1,215 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_moebius.models.latent_categories import LatentCategoriesEmbedder
+from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
+from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
+
+SCRIPT = Path(__file__).parents[2] / "training" / "train_inpainting.py"
+UNET = {
+    "sample_size": 4,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "num_attention_heads": 2,
+    "cross_attention_dim": 8,
+    "encoder_hid_dim": 8,
+    "context_length": 3,
+    "local_window_size": 3,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_inpainting", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def vae_dir(tmp_path):
+    torch.manual_seed(0)
+    widths = (4, 4, 4, 4)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.fixture
+def command(tmp_path, vae_dir, photo_dir):
+    """Arguments of a small run from scratch; more can be appended."""
+    config = tmp_path / "unet.json"
+    config.write_text(json.dumps(UNET))
+    options = {
+        "unet_config": config,
+        "vae": vae_dir,
+        "train_data_dir": photo_dir,
+        "resolution": 32,
+        "train_batch_size": 4,
+        "lr_warmup_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "prediction_type": "v_prediction",
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    return [*arguments, "--rescale_betas_zero_snr", "--use_ema"]
+
+
+def weights(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_equal_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_run_ends_with_the_same_parameters(script, command, tmp_path, optimizer):
+    command = [*command, f"--optimizer={optimizer}", f"--cache_latents={tmp_path / 'cache'}", "--max_train_steps=6"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    script.main([*command, f"--output_dir={whole}", "--checkpointing_steps=3"])
+    # The second run has only the first one's checkpoint of step 3 to go on from.
+    resumed.mkdir()
+    (whole / "checkpoint-3").rename(resumed / "checkpoint-3")
+    script.main([*command, f"--output_dir={resumed}", "--resume_from_checkpoint=latest", "--checkpointing_steps=99"])
+    assert_equal_weights(whole, resumed)
+    start = script.build_models(script.parse_args([*command, "--output_dir=x"]))[0].unet.state_dict()
+    assert not torch.equal(start["conv_in.conv_pw.weight"], weights(whole)["conv_in.conv_pw.weight"])
+
+
+def test_accumulated_gradients_and_other_objective(script, command, tmp_path):
+    out = tmp_path / "out"
+    options = ["--gradient_accumulation_steps=2", "--snr_gamma=5", "--hole_loss_weight=4", "--timestep_bias=2"]
+    command = [argument for argument in command if argument not in ("--rescale_betas_zero_snr", "--use_ema")]
+    command += ["--prediction_type=epsilon", "--last_timestep_probability=0.5", "--gradient_checkpointing", *options]
+    script.main([*command, f"--output_dir={out}", "--max_train_steps=4"])
+    rows = [line.split(",") for line in (out / "loss.csv").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["2", "4"]
+    assert all(0 < float(value) < 100 for row in rows for value in row[1:3])
+    assert DDIMScheduler.from_pretrained(out, subfolder="scheduler").config.prediction_type == "epsilon"
+
+
+def test_fine_tuning_a_pipeline_from_shards_with_validation(script, tmp_path, vae_dir, shard, photo_dir):
+    source, out = tmp_path / "source", tmp_path / "out"
+    torch.manual_seed(0)
+    pipeline = MoebiusInpaintPipeline(
+        vae=AutoencoderTiny.from_pretrained(vae_dir),
+        unet=MoebiusUNet2DModel(**UNET),
+        lcg_embedder=LatentCategoriesEmbedder(6, 8),
+        scheduler=DDIMScheduler(),
+    )
+    pipeline.save_pretrained(source)
+    script.main(
+        [
+            f"--pretrained_model_name_or_path={source}",
+            f"--train_shards_path_or_url={shard}",
+            f"--validation_data={photo_dir}",
+            f"--output_dir={out}",
+            "--validation_steps=2",
+            "--num_validation_images=3",
+            "--validation_inference_steps=2",
+            "--resolution=32",
+            "--train_batch_size=4",
+            "--max_train_steps=2",
+            "--use_ema",
+        ]
+    )
+    assert Image.open(out / "validation-2.png").size == (3 * 32, 3 * 32)
+    before, after = weights(source), weights(out)
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["conv_out.conv_pw.weight"], after["conv_out.conv_pw.weight"])
+
+
+def test_old_checkpoints_are_pruned_by_number(script, command, tmp_path):
+    out = tmp_path / "out"
+    (out / "partial-2").mkdir(parents=True)  # what a killed run leaves behind
+    (out / "partial-2" / "junk").write_text("")
+    script.main(
+        [
+            *command,
+            f"--output_dir={out}",
+            "--max_train_steps=11",
+            "--checkpointing_steps=1",
+            "--checkpoints_total_limit=2",
+        ]
+    )
+    assert sorted(path.name for path in out.glob("*-*")) == ["checkpoint-10", "checkpoint-11"]
+
+
+def test_sigterm_leaves_a_complete_checkpoint(script, command, tmp_path):
+    out = tmp_path / "out"
+    command = [*command, f"--output_dir={out}", "--logging_steps=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, SCRIPT, *command, "--max_train_steps=1000000"], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "loss.csv").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    (checkpoint,) = script.list_checkpoints(out)
+    step = int(checkpoint.name.split("-")[1])
+    assert not list(out.glob("partial-*")) and not (out / "unet").exists()
+    script.main([*command, f"--max_train_steps={step + 1}", "--resume_from_checkpoint=latest"])
+    last = (out / "loss.csv").read_text().splitlines()[-1]
+    assert last.startswith(f"{step + 1},")
+
+
+def test_batch_norm_statistics_belong_to_the_final_weights(script):
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean.fill_(50)
+    model = torch.nn.Sequential(norm)
+    batches = torch.randn(4, 16, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    script.recalibrate_batch_norm(model, lambda number: model(batches[number]), 4)
+    torch.testing.assert_close(norm.running_mean, batches.mean((0, 1)))
+    torch.testing.assert_close(norm.running_var, batches.var(1).mean(0))
+    assert norm.momentum == 0.1 and not model.training
+
+
+def test_timesteps_follow_their_options(script, command):
+    args = script.parse_args([*command, "--output_dir=x", "--timestep_bias=3", "--last_timestep_probability=0.25"])
+    timesteps = script.sample_timesteps(args, 4000, 999, torch.Generator().manual_seed(0))
+    assert timesteps.min() >= 0 and timesteps.max() == 999
+    assert (timesteps == 999).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert timesteps[timesteps < 999].float().mean() == pytest.approx(750, abs=15)  # the mean of u^(1/3)
+
+
+@pytest.mark.parametrize(
+    "removed, added, named",
+    [
+        ("--unet_config", [], "--pretrained_model_name_or_path"),
+        ("--vae", [], "--vae"),
+        ("--prediction_type", [], "--rescale_betas_zero_snr"),
+        (None, ["--mask_presets=huge"], "--mask_presets"),
+        (None, ["--resume_from_checkpoint=nowhere"], "`resume_from_checkpoint`"),
+    ],
+)
+def test_bad_options_are_named(script, command, tmp_path, capsys, removed, added, named):
+    kept = [argument for argument in command if removed is None or not argument.startswith(removed + "=")]
+    with pytest.raises((SystemExit, ValueError)) as error:
+        script.main([*kept, *added, f"--output_dir={tmp_path / 'out'}"])
+    assert named in str(error.value) + capsys.readouterr().err
