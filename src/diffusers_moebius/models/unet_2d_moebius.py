@@ -1,5 +1,6 @@
 """The Moebius denoiser (arXiv 2606.19195, section 3), bottom-up: convolutions, lambda layers, blocks, model."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 SELF_ATTENTION_TYPES = ("local_lambda", "gla")
 CROSS_ATTENTION_TYPES = ("interactive_lambda", "softmax")
@@ -373,7 +375,7 @@ class MixFeedForward(nn.Module):
 
 
 class GatedLinearAttentionProcessor:
-    """Gated linear attention as the literal recurrence over the positions in raster order (SPEC: one state a step)."""
+    """Gated linear attention as the literal recurrence over the positions in raster order (reference; slow)."""
 
     def __call__(self, attn: "GatedLinearAttention", hidden_states: torch.Tensor) -> torch.Tensor:
         batch, length, _ = hidden_states.shape
@@ -609,16 +611,39 @@ class MoebiusUpBlock2D(nn.Module):
         return hidden_states if self.upsamplers is None else self.upsamplers[0](hidden_states)
 
 
+@contextmanager
+def frozen_batch_statistics(module: nn.Module):
+    """Keeps the running statistics of BatchNorm as they are while the batch's own statistics normalise."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    saved = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, (momentum, count) in zip(layers, saved, strict=True):
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(count)
+
+
+def checkpoint_block(block: nn.Module, *args):
+    # The recomputation in the backward pass would count the batch twice in BatchNorm's running statistics.
+    contexts = (lambda: (nullcontext(), frozen_batch_statistics(block))) if block.training else noop_context_fn
+    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+
+
 class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     The U-Net of Moebius that predicts the noise of inpainted latents (arXiv 2606.19195, section 3).
 
-    The defaults are the published model. In half precision the softmaxes and the sinusoidal time embedding are computed
-    in float32, and the BatchNorm layers keep float32 weights and statistics when the model is loaded with `dtype`.
+    The defaults are the published model. In half precision the softmaxes, the sinusoidal time embedding and the state
+    of gated linear attention are computed in float32, and the BatchNorm layers keep float32 weights and statistics
+    when the model is loaded with `dtype`.
 
     Args:
         sample_size (`int`, defaults to 64): Native side of the latents; other sizes resample the position embeddings.
-        in_channels (`int`, defaults to 9): Channels of the input: noisy latents (4), mask (1), masked-image latents (4).
+        in_channels (`int`, defaults to 9): Channels of the input: noisy latents (4), mask (1), masked-image
+            latents (4).
         out_channels (`int`, defaults to 4): Channels of the prediction.
         block_out_channels (`tuple[int, ...]`, defaults to `(320, 640, 1280)`): Width of each level.
         layers_per_block (`int`, defaults to 2): Residual blocks in a down block; an up block has one more.
@@ -738,6 +763,20 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         self.conv_out = make_conv(conv_type, block_out_channels[0], out_channels)
         self.gradient_checkpointing = False
 
+    def to(self, *args, **kwargs):
+        """As [`~ModelMixin.to`]; a `memory_format` applies to the convolutions, whatever the rank of other weights."""
+        memory_format = kwargs.pop("memory_format", None)
+        model = super().to(*args, **kwargs) if args or kwargs else self
+        if memory_format is not None:
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.Module.to(module, memory_format=memory_format)
+        return model
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func=None) -> None:
+        """As [`~ModelMixin.enable_gradient_checkpointing`]; BatchNorm statistics are still updated once a step."""
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or checkpoint_block)
+
     def set_lambda_algorithm(self, algorithm: str) -> None:
         """
         Chooses how the lambda layers are evaluated; both give the same numbers but for rounding.
@@ -785,9 +824,9 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
         encoder_hidden_states: torch.Tensor,
-        attention_kwargs: dict | None = None,
         return_dict: bool = True,
         output_hidden_states: bool = False,
+        attention_kwargs: dict | None = None,
     ) -> MoebiusUNet2DOutput | tuple:
         """
         Args:
@@ -795,9 +834,9 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                 and W multiples of 4 (of 2 to the number of levels less one).
             timestep (`torch.Tensor`, `float` or `int`): One for all, or one for each sample of the batch.
             encoder_hidden_states (`torch.Tensor` of shape `[B, context_length, encoder_hid_dim]`): LCG tokens.
-            attention_kwargs (`dict`, *optional*): `{"scale": s}` sets the weight of the active LoRA adapters.
             return_dict (`bool`, defaults to `True`): Return a [`MoebiusUNet2DOutput`] instead of a tuple.
             output_hidden_states (`bool`, defaults to `False`): Also return the output of every block.
+            attention_kwargs (`dict`, *optional*): `{"scale": s}` sets the weight of the active LoRA adapters.
 
         Returns:
             [`MoebiusUNet2DOutput`], or a tuple of the prediction and, if asked for, the tuple of block outputs.
