@@ -105,6 +105,29 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
         self.native_size = (self.unet.config.sample_size if has_unet else 64) * self.vae_scale_factor
         self.size_multiple = self.vae_scale_factor * 2 ** (levels - 1)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "MoebiusInpaintPipeline":
+        """
+        A pipeline that shares the components and settings of another.
+
+        Args:
+            pipeline ([`DiffusionPipeline`]): The other pipeline.
+            kwargs: Components and settings that are to replace those of the other, and `dtype` (or `torch_dtype`). If
+                none is given, components keep their types (diffusers' own would cast what the other pipeline uses).
+        """
+        dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
+        modules, options = cls._get_signature_keys(cls)
+        shared = {name: component for name, component in pipeline.components.items() if name in modules}
+        settings = {name: value for name, value in pipeline.config.items() if name in options}
+        missing = sorted(modules - (shared | kwargs).keys())
+        if missing:
+            raise ValueError(f"`pipeline` has no {', '.join(missing)}: pass what is missing as an argument.")
+        new_pipeline = cls(**{**shared, **settings, **kwargs})
+        new_pipeline.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        if dtype is not None or torch_dtype is not None:
+            new_pipeline.to(dtype=dtype or torch_dtype)
+        return new_pipeline
+
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
@@ -359,17 +382,20 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
             scheduler.set_begin_index(begin)
         return scheduler.timesteps[begin:]
 
-    @staticmethod
-    def _take(
-        value: torch.Tensor | list[torch.Tensor], name: str, rows: list[int], shape: tuple, device: torch.device
-    ) -> torch.Tensor:
-        """The rows of latents that were given, one a result, after a check of their shapes."""
-        for row in rows:
-            if tuple(value[row].shape) != shape:
+    def check_latents(
+        self, name: str, value: torch.Tensor | list[torch.Tensor] | None, sizes: list[tuple[int, int]]
+    ) -> None:
+        """Checks that latents were given for each result, of the height and width in pixels at which it works."""
+        if value is None:
+            return
+        if len(value) != len(sizes):
+            raise ValueError(f"`{name}` holds {len(value)} latents for {len(sizes)} results; allowed is one each.")
+        for row, (latents, size) in enumerate(zip(value, sizes)):
+            expected = (self.vae.config.latent_channels, *(length // self.vae_scale_factor for length in size))
+            if tuple(latents.shape) != expected:
                 raise ValueError(
-                    f"`{name}` must have the shape {list(shape)} for result {row}, but has {list(value[row].shape)}."
+                    f"`{name}` must have the shape {list(expected)} for result {row}, but has {list(latents.shape)}."
                 )
-        return torch.stack([value[row] for row in rows]).to(device=device, dtype=torch.float32)
 
     def denoise(
         self,
@@ -438,9 +464,9 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
                 latents = callback_outputs.pop("latents", latents)
                 mask = callback_outputs.pop("mask", mask)
                 masked_image_latents = callback_outputs.pop("masked_image_latents", masked_image_latents)
-                if callback_outputs.get("category_embeds", category_embeds) is not category_embeds:
-                    category_embeds = callback_outputs.pop("category_embeds")
-                    background_embeds = category_embeds.chunk(2)[1]
+                given_embeds = callback_outputs.pop("category_embeds", category_embeds)
+                if given_embeds is not category_embeds:
+                    category_embeds, background_embeds = given_embeds, given_embeds.chunk(2)[1]
                 # A callback may set the scale of its own call; another thread's call may not.
                 if self._guidance_scale != shared_guidance_scale:
                     guidance_scale = self._guidance_scale
@@ -600,6 +626,13 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
             self.prepare_region(picture, mask, padding_mask_crop, height, width)
             for picture, mask in zip(pictures, masks)
         ]
+        sizes = [
+            tuple(math.ceil(length / self.size_multiple) * self.size_multiple for length in size)
+            for _, size in regions
+        ]
+        result_sizes = [size for size in sizes for _ in range(num_images_per_prompt)]
+        self.check_latents("latents", latents, result_sizes)
+        self.check_latents("masked_image_latents", masked_image_latents, result_sizes)
 
         self._guidance_scale = guidance_scale
         self._interrupt = False
@@ -614,21 +647,15 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
 
         # 3. Pictures of one working size run as one batch
         batches: dict[tuple[int, int], list[int]] = {}
-        for index, (_, size) in enumerate(regions):
-            if output_type != "latent" and not masks[index].any():
+        for index, size in enumerate(sizes):
+            if output_type == "latent" or masks[index].any():
+                batches.setdefault(size, []).append(index)
+            else:
                 logger.warning(
                     f"`mask_image` is empty for picture {index} (no value reaches half of white): the picture is "
                     "returned unchanged."
                 )
-                continue
-            padded = tuple(math.ceil(length / self.size_multiple) * self.size_multiple for length in size)
-            batches.setdefault(padded, []).append(index)
         results: list = [None] * (len(pictures) * num_images_per_prompt)
-        for name, value in (("latents", latents), ("masked_image_latents", masked_image_latents)):
-            if value is not None and len(value) != len(results):
-                raise ValueError(
-                    f"`{name}` holds {len(value)} latents for {len(results)} results; allowed is one each."
-                )
 
         with self.progress_bar(total=len(batches) * len(timesteps)) as progress_bar:
             for size, indices in batches.items():
@@ -650,12 +677,12 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
                     masked_image = init_image * (1 - mask)
                     batch_masked = self.encode_image(masked_image, num_images_per_prompt, batch_generator, device)
                 else:
-                    batch_masked = self._take(masked_image_latents, "masked_image_latents", rows, latent_shape, device)
+                    batch_masked = torch.stack([masked_image_latents[row] for row in rows]).to(device, torch.float32)
                 if latents is None:
                     noise = self.prepare_noise((len(rows), *latent_shape), noise_offset, batch_generator, device)
                     batch_latents = self.prepare_latents(image_latents, noise, batch_scheduler, timesteps[:1])
                 else:
-                    batch_latents = self._take(latents, "latents", rows, latent_shape, device)
+                    batch_latents = torch.stack([latents[row] for row in rows]).to(device, torch.float32)
                 mask = F.interpolate(mask, size=latent_size, mode="nearest").to(device)
 
                 # 5. Denoising
