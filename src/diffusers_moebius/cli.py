@@ -1,0 +1,523 @@
+"""The `moebius` command: fills the marked part of photos, converts checkpoints and describes models."""
+
+import json as json_module
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+
+import typer
+from PIL import Image
+
+from .image_files import ImageMetadata, check_output, read_image, write_image
+
+if TYPE_CHECKING:  # Torch takes seconds to import: `--help` and bad arguments do without.
+    import torch
+
+    from .pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
+
+DEFAULT_MODEL = "nano"
+FULL_MODEL_HINT = "for full quality add `--model hustvl/Moebius` (downloads about 1.2 GB once)"
+PREVIEW_SIDE = 1024
+
+
+class Scheduler(str, Enum):
+    """The schedulers by the names that the command knows them by."""
+
+    ddim = "ddim"
+    dpm = "dpm"
+    unipc = "unipc"
+    euler = "euler"
+    euler_ancestral = "euler-ancestral"
+    lcm = "lcm"
+
+
+SCHEDULER_CLASSES = {
+    Scheduler.ddim: "DDIMScheduler",
+    Scheduler.dpm: "DPMSolverMultistepScheduler",
+    Scheduler.unipc: "UniPCMultistepScheduler",
+    Scheduler.euler: "EulerDiscreteScheduler",
+    Scheduler.euler_ancestral: "EulerAncestralDiscreteScheduler",
+    Scheduler.lcm: "LCMScheduler",
+}
+
+
+class DType(str, Enum):
+    """The data types that weights can have."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Paste(str, Enum):
+    """The ways in which the filling comes into the photo."""
+
+    exact = "exact"
+    blur = "blur"
+    none = "none"
+
+
+class Job(NamedTuple):
+    """One photo with its mask and the files to be written."""
+
+    photo: Path
+    masks: list[Path]  # One; more or none is an error of this photo alone.
+    output: Path
+    preview: Path | None
+
+
+app = typer.Typer(
+    name="moebius",
+    help="Fill the marked part of photos with the Moebius inpainting model.",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from . import __version__
+
+        _print(f"moebius {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _moebius(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        metavar="nano|REPO|FOLDER",
+        help="The bundled model, a repository on the hub such as hustvl/Moebius, or a pipeline folder.",
+    ),
+]
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option(help="Folder of a published repository: pretrained, ft_places2, ft_celebahq or ft_ffhq."),
+]
+
+
+@app.command()
+def inpaint(
+    photo: Annotated[Path, typer.Argument(metavar="PHOTO", exists=True, help="A photo, or a folder of photos.")],
+    mask: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MASK",
+            exists=True,
+            help="A picture of the photo's size: white is filled, black is kept, grey counts from the middle on. Or a"
+            " folder of masks that are named like their photos; the suffix may differ.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="The picture to be written, whose suffix decides the format, or a folder.",
+        ),
+    ],
+    model: ModelOption = DEFAULT_MODEL,
+    checkpoint: CheckpointOption = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.", show_default="the model's")
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="How much of the old content is replaced by noise, above 0 and up to 1.")
+    ] = 0.99,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another filling.")] = 0,
+    crop_margin: Annotated[
+        int,
+        typer.Option(min=0, help="Work on the mask's box and this many pixels around it, at full sharpness."),
+    ] = 64,
+    no_crop: Annotated[bool, typer.Option("--no-crop", help="Work on the whole photo instead.")] = False,
+    mask_dilation: Annotated[int, typer.Option(min=0, help="Grow the mask by this many pixels.")] = 0,
+    paste: Annotated[
+        Paste,
+        typer.Option(
+            help="exact: nothing changes outside the mask; blur: soft edges across it; none: all from the model."
+        ),
+    ] = Paste.exact,
+    color_compensation: Annotated[
+        bool, typer.Option("--color-compensation", help="Match the filling's colours to those around it.")
+    ] = False,
+    scheduler: Annotated[Scheduler | None, typer.Option(help="Sampler.", show_default="the model's")] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes an accelerator where there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        DType, typer.Option(help="Type of the weights; auto is float16 on CUDA and float32 elsewhere.")
+    ] = DType.auto,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Also write OUTPUT.preview.png: photo, mask and result side by side.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist already.")] = False,
+) -> None:
+    """
+    Fill the white part of MASK in PHOTO.
+
+    The output keeps the photo's size, ICC profile, EXIF and format, upright. Paths of written files go to standard
+    output, everything else to standard error. With folders every photo is done, what cannot be done is reported, and
+    photos whose output exists already are left out, so that an interrupted run goes on where it was.
+
+    \b
+    Examples:
+      moebius inpaint photo.jpg mask.png -o result.jpg
+      moebius inpaint photo.jpg mask.png -o result.jpg --model hustvl/Moebius
+      moebius inpaint photos/ masks/ -o results/
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"`--strength` must be above 0 and at most 1, but is {strength}.")
+    if model == DEFAULT_MODEL and checkpoint is not None:
+        raise ValueError(f"`--checkpoint` is for published repositories, but the model is {model!r}.")
+    many = photo.is_dir()
+    failures = 0
+
+    def attempt(action: Callable[[Job], Any], job: Job) -> bool:
+        """Does something with a picture; with a folder of them a bad one does not end the others."""
+        nonlocal failures
+        try:
+            action(job)
+        except (ValueError, OSError) as error:
+            if not many:
+                raise
+            failures += 1
+            _note(f"error: {_one_line(error)}")
+            return False
+        return True
+
+    jobs = _list_jobs(photo, mask, output, preview)
+    if many and not overwrite:
+        finished = [job for job in jobs if job.output.exists()]
+        if finished:
+            _note(f"{len(finished)} outputs exist already and are left as they are (`--overwrite` replaces them)")
+        jobs = [job for job in jobs if not job.output.exists()]
+    # All pictures are looked at before the model is, so that what is wrong shows at once.
+    jobs = [job for job in jobs if attempt(lambda job: _read_job(job, overwrite), job)]
+    if jobs:
+        if model == DEFAULT_MODEL:
+            _note(f"using the small model {model!r} that comes with the package; {FULL_MODEL_HINT}")
+        pipeline = _load_pipeline(model, checkpoint, device, dtype, scheduler)
+        options = {
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "strength": strength,
+            "padding_mask_crop": None if no_crop else crop_margin,
+            "mask_dilation": mask_dilation,
+            "paste": None if paste is Paste.none else paste.value,
+            "color_compensation": color_compensation,
+        }
+        for job in jobs:
+            attempt(lambda job: _inpaint_job(pipeline, job, seed, options, overwrite), job)
+    if failures:
+        _note(f"{failures} of the photos could not be done")
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", exists=True, help="A published checkpoint, .bin or .safetensors, or its folder."
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The pipeline folder to be written.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="JSON or YAML config in the names of the release."),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|REPO", help="The autoencoder.", show_default="that of the release, hustvl/PixelHacker"
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a pipeline folder.")] = False,
+) -> None:
+    """
+    Convert a published checkpoint to a folder that diffusers loads.
+
+    \b
+    Example:
+      moebius convert ft_places2/diffusion_pytorch_model.bin moebius-places2
+    """
+    from . import convert_release_checkpoint
+
+    _print(str(convert_release_checkpoint(source, target, config=config, vae=vae, overwrite=overwrite)))
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str, typer.Argument(metavar="[nano|REPO|FOLDER]", help="The model, as in `moebius inpaint --model`.")
+    ] = DEFAULT_MODEL,
+    checkpoint: CheckpointOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """
+    Show a model's parameters, multiply-adds, sizes and scheduler.
+
+    \b
+    Example:
+      moebius info nano --json
+    """
+    pipeline = _load_pipeline(model, checkpoint, "cpu", DType.auto)
+    description = _describe(pipeline)
+    if json:
+        _print(json_module.dumps({"model": model, **description}, indent=2))
+        return
+    lines = [f"{model}: {description['native_size']} px native, guidance {description['default_guidance_scale']}"]
+    lines.append(f"{'component':<14}{'class':<28}{'parameters':>12}{'size':>12}  type")
+    for name, part in description["components"].items():
+        size = f"{part['bytes'] / 1e6:.1f} MB"
+        lines.append(f"{name:<14}{part['class']:<28}{part['parameters']:>12,}{size:>12}  {part['dtype']}")
+    lines.append(f"{'':<42}{description['parameters']:>12,}{description['bytes'] / 1e6:>9.1f} MB")
+    lines.append("multiply-adds at the native size, one picture:")
+    for name, value in description["multiply_adds"].items():
+        lines.append(f"  {name.replace('_', ' '):<40}{value / 1e9:>12.2f} G")
+    lines.append("scheduler " + ", ".join(f"{key}: {value}" for key, value in description["scheduler"].items()))
+    _print("\n".join(lines))
+
+
+def _list_jobs(photo: Path, mask: Path, output: Path, preview: bool) -> list[Job]:
+    def job(photo: Path, masks: list[Path], output: Path) -> Job:
+        return Job(photo, masks, output, output.with_name(f"{output.name}.preview.png") if preview else None)
+
+    if not photo.is_dir():
+        if mask.is_dir():
+            raise ValueError(f"MASK must be a file, as PHOTO is, but {mask} is a folder.")
+        return [job(photo, [mask], output / photo.name if output.is_dir() else output)]
+
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`--output` must be a folder, as PHOTO is, but {output} is a file.")
+    if output.exists() and output.samefile(photo):
+        raise ValueError(f"`--output` must be another folder than PHOTO, but both are {output}.")
+    photos = _pictures_in(photo)
+    if not photos:
+        raise ValueError(f"PHOTO must hold pictures, but there are none in the folder {photo}.")
+    masks_of: dict[str, list[Path]] = {}
+    for path in _pictures_in(mask) if mask.is_dir() else []:
+        masks_of.setdefault(path.stem, []).append(path)
+    jobs = []
+    for path in photos:
+        masks = masks_of.get(path.stem, []) if mask.is_dir() else [mask]
+        same_name = [candidate for candidate in masks if candidate.name == path.name]
+        jobs.append(job(path, same_name or masks, output / path.name))
+    output.mkdir(exist_ok=True)
+    return jobs
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    suffixes = Image.registered_extensions()
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
+    )
+
+
+def _read_job(job: Job, overwrite: bool) -> tuple[Image.Image, Image.Image, ImageMetadata]:
+    if len(job.masks) != 1:
+        raise ValueError(f"{job.photo} must have one mask of the same name, but has {len(job.masks)}.")
+    photo, metadata = read_image(job.photo)
+    mask, _ = read_image(job.masks[0])
+    if photo.size != mask.size:
+        raise ValueError(
+            f"MASK must have the size of PHOTO, but {job.masks[0]} is {mask.width}×{mask.height} pixels and"
+            f" {job.photo} {photo.width}×{photo.height}."
+        )
+    check_output(job.output, photo.mode, metadata, overwrite)
+    if job.preview is not None:
+        check_output(job.preview, "RGB", overwrite=overwrite)
+    return photo, mask, metadata
+
+
+def _inpaint_job(pipeline: "MoebiusInpaintPipeline", job: Job, seed: int, options: dict, overwrite: bool) -> None:
+    import torch
+    from diffusers.utils import make_image_grid
+
+    photo, mask, metadata = _read_job(job, overwrite)
+    pipeline.set_progress_bar_config(desc=job.photo.name, disable=None)
+    try:
+        # From the processor's generator, so that a seed means the same picture on every device.
+        generator = torch.Generator().manual_seed(seed)
+        result = pipeline(image=photo, mask_image=mask, generator=generator, **options).images[0]
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{job.photo} takes more memory than the device has: `--crop-margin` makes it less, or `--device cpu`."
+        ) from error
+    write_image(result, job.output, metadata, overwrite)
+    _print(str(job.output))
+    if job.preview is not None:
+        pictures = [picture.convert("RGB") for picture in (photo, mask, result)]
+        for picture in pictures:
+            picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        write_image(make_image_grid(pictures, rows=1, cols=3), job.preview, overwrite=overwrite)
+        _print(str(job.preview))
+
+
+def _load_pipeline(
+    model: str, checkpoint: str | None, device: str, dtype: DType, scheduler: Scheduler | None = None
+) -> "MoebiusInpaintPipeline":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # It warns of parts that are not needed here.
+    import diffusers
+    import torch
+
+    from . import MoebiusInpaintPipeline, bundled_checkpoint
+
+    torch_device = _choose_device(device)
+    if dtype is DType.auto:
+        torch_dtype = torch.float16 if torch_device.type == "cuda" else torch.float32
+    else:
+        torch_dtype = getattr(torch, dtype.value)
+    source = bundled_checkpoint(model) if model == DEFAULT_MODEL else model
+    diffusers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)  # What goes wrong is said once, by the error.
+    try:
+        pipeline = MoebiusInpaintPipeline.from_pretrained(source, checkpoint=checkpoint, dtype=torch_dtype)
+    except Exception as error:  # Broken weights, an unreachable hub and an odd config all raise errors of their own.
+        raise ValueError(f"The model {model} cannot be loaded: {error}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+        diffusers.utils.logging.enable_progress_bar()
+    if scheduler is not None:
+        scheduler_class = getattr(diffusers, SCHEDULER_CLASSES[scheduler])
+        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    return pipeline.to(torch_device)
+
+
+def _choose_device(device: str) -> "torch.device":
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"`--device` must be auto, cpu, cuda, cuda:N or mps, but is {device!r}.") from None
+    count = torch.cuda.device_count() if chosen.type == "cuda" else 1
+    if not available.get(chosen.type) or (chosen.index or 0) >= count:
+        raise ValueError(f"`--device` must be a device that PyTorch finds on this machine, but is {device!r}.")
+    return chosen
+
+
+def _describe(pipeline: "MoebiusInpaintPipeline") -> dict[str, Any]:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    components = {}
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            parameters = list(component.parameters())
+            components[name] = {
+                "class": type(component).__name__,
+                "parameters": sum(p.numel() for p in parameters),
+                "bytes": sum(t.nbytes for t in component.state_dict().values()),
+                "dtype": str(component.dtype).removeprefix("torch."),
+            }
+
+    unet, vae, scheduler = pipeline.unet, pipeline.vae, pipeline.scheduler
+    side = unet.config.sample_size
+    pixels = side * pipeline.vae_scale_factor
+    dtype = unet.dtype
+    for model in (unet, vae):  # On the meta device shapes are worked out and nothing is computed.
+        model.to("meta").requires_grad_(False)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    tokens = empty(1, pipeline.lcg_embedder.context_length, pipeline.lcg_embedder.config.embedding_dim)
+    calls = {
+        "unet_evaluation": lambda: unet(empty(1, unet.config.in_channels, side, side), empty(1), tokens),
+        "vae_encoding": lambda: vae.encode(empty(1, 3, pixels, pixels)),
+        "vae_decoding": lambda: vae.decode(empty(1, unet.config.out_channels, side, side)),
+    }
+    multiply_adds = {}
+    for name, call in calls.items():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        multiply_adds[name] = counter.get_total_flops() // 2
+    # Guidance evaluates the U-Net for background and foreground.
+    multiply_adds["guided_step"] = 2 * multiply_adds["unet_evaluation"]
+    return {
+        "native_size": pixels,
+        "default_guidance_scale": pipeline.config.default_guidance_scale,
+        "parameters": sum(part["parameters"] for part in components.values()),
+        "bytes": sum(part["bytes"] for part in components.values()),
+        "components": components,
+        "multiply_adds": multiply_adds,
+        "scheduler": {
+            "class": type(scheduler).__name__,
+            "prediction_type": scheduler.config.prediction_type,
+            "timestep_spacing": scheduler.config.timestep_spacing,
+        },
+    }
+
+
+def _print(text: str) -> None:
+    """Prints a line of output; when nobody reads it any more, the command ends as on Ctrl-C."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _silence_stdout()
+        raise typer.Exit(130) from None
+
+
+def _silence_stdout() -> None:
+    # What is left in the buffer would raise once more when the interpreter ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _note(text: str) -> None:
+    print(f"moebius: {text}", file=sys.stderr)
+
+
+def _one_line(error: Exception | str) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """
+    Runs the `moebius` command and exits: 0 if all is done, 1 if some photos of a folder are not, 2 on a bad argument,
+    130 when interrupted. An error is one line on standard error.
+
+    Args:
+        arguments (`list[str]`, *optional*): Command-line arguments; those of the process if not given.
+    """
+    warnings.showwarning = lambda message, *_args, **_kwargs: _note(f"warning: {_one_line(message)}")
+    try:
+        code = app(args=arguments or sys.argv[1:] or ["--help"], prog_name="moebius", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence_stdout()
+        code = 130
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        # Usage errors have a message of their own; all else that users can cause is a ValueError or an OSError.
+        if hasattr(error, "format_message"):
+            message = error.format_message()
+        elif isinstance(error, (ValueError, OSError)):
+            message = error
+        else:
+            raise
+        _note(f"error: {_one_line(message)}")
+        code = 2
+    sys.exit(code)
