@@ -5,9 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
+from hypothesis import settings
 
 # Several workers share few cores, and the models here are too small to profit from more than one.
 torch.set_num_threads(1)
+
+settings.register_profile("tests", deadline=None, max_examples=60)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -289,25 +289,38 @@ def load_masks(mask_image: PipelineImageInput, pictures: list[Picture]) -> list[
     return masks
 
 
-def _read_mask(value: Image.Image | np.ndarray | torch.Tensor) -> np.ndarray:
+def mask_values(value: Image.Image | np.ndarray | torch.Tensor) -> np.ndarray:
+    """
+    What a mask in one of the forms of [`load_masks`] says of each pixel, before it is taken as black or white.
+
+    Args:
+        value (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): One mask.
+
+    Returns:
+        `np.ndarray` of shape `[H, W]`: Its alpha if that is not opaque everywhere, else its brightness; floats from 0
+        (keep) to 1 (fill).
+    """
     if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
         value = value.cpu().numpy()
     if isinstance(value, np.ndarray) and value.dtype == bool:
         value = value.astype(np.uint8) * 255
     picture = _read(value, "mask_image")
     if picture.alpha is not None and (picture.alpha < picture.peak).any():
-        values = picture.alpha[..., 0]
-    elif picture.color == "L":
-        values = picture.samples[..., 0]
-    else:
-        values = picture.rgb() @ np.asarray(LUMA, np.float32) * picture.peak
+        return picture.alpha[..., 0] / picture.peak
+    if picture.color == "L":
+        return picture.samples[..., 0] / picture.peak
+    return picture.rgb() @ np.asarray(LUMA, np.float32)
+
+
+def _read_mask(value: Image.Image | np.ndarray | torch.Tensor) -> np.ndarray:
+    values = mask_values(value)
     low, high = values.min(), values.max()
     if not ((values == low) | (values == high)).all():
         raise ValueError(
-            f"`mask_image` holds more than two values, from {low:.4g} to {high:.4g} of {picture.peak}; allowed are "
-            'black and white. Binarise it first, e.g. `mask.convert("L").point(lambda v: 255 * (v >= 128))`.'
+            f"`mask_image` holds more than two values, from {low:.4g} to {high:.4g} of white; allowed are black and "
+            'white. Binarise it first, e.g. `mask.convert("L").point(lambda v: 255 * (v >= 128))`.'
         )
-    return values >= picture.peak / 2
+    return values >= 0.5
 
 
 def dilate_mask(mask: np.ndarray, pixels: int) -> np.ndarray:
