@@ -1,0 +1,139 @@
+"""LPIPS: how different two pictures look, measured in the features of a classifier."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+# AlexNet: stride and padding of each convolution and the max-pool kernel before it; all five outputs are compared.
+# VGG16: number of convolutions of each block, the last one compared, and the max-pool kernel before the block.
+ALEXNET = ((4, 2, 0), (1, 2, 3), (1, 1, 3), (1, 1, 0), (1, 1, 0))
+VGG16 = ((2, 0), (2, 2), (3, 2), (3, 2), (3, 2))
+
+
+class LPIPS(nn.Module):
+    """
+    Learned perceptual image patch similarity, version 0.1, on AlexNet or VGG16.
+
+    The network is recognised by its weights: five convolutions are AlexNet, thirteen are VGG16.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): `conv.N.weight` and `conv.N.bias` of the network's convolutions in
+            order, and `head.N` `[channels]`, the weights of the compared layers' channels.
+
+    Raises:
+        ValueError: If `state_dict` does not hold one of the two networks.
+
+    Formula: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric"
+    (arXiv 1801.03924), equation 1.
+    """
+
+    def __init__(self, state_dict: dict[str, torch.Tensor]):
+        super().__init__()
+        num_convs = sum(name.startswith("conv.") and name.endswith(".weight") for name in state_dict)
+        expected = {f"conv.{i}.{kind}" for i in range(num_convs) for kind in ("weight", "bias")}
+        expected |= {f"head.{i}" for i in range(5)}
+        if num_convs not in (5, 13) or set(state_dict) != expected:
+            raise ValueError(
+                "`state_dict` must hold `conv.N.weight`, `conv.N.bias` (N to 4 for AlexNet, to 12 for VGG16) and "
+                f"`head.0` to `head.4`, but holds {sorted(state_dict)}."
+            )
+        self.is_alexnet = num_convs == 5
+        for name, value in state_dict.items():
+            self.register_buffer(name.replace(".", "_"), value.float())
+        # ImageNet's mean and deviation, carried over from [0, 1] to [-1, 1].
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path | None = None) -> "LPIPS":
+        """
+        Loads the weights from a safetensors file or, without one, from the `lpips` package (AlexNet).
+
+        Args:
+            path (`str` or `Path`, *optional*): Safetensors file with the names that [`LPIPS`] takes.
+
+        Returns:
+            [`LPIPS`] in eval mode, without trainable parameters.
+
+        Raises:
+            ValueError: If `path` is no file.
+            ImportError: If `path` is not given and the `lpips` package is not installed.
+        """
+        if path is not None:
+            if not Path(path).is_file():
+                raise ValueError(f"`lpips_weights` must be a safetensors file, but {str(path)!r} is none.")
+            return cls(load_file(path)).eval()
+        try:
+            import lpips
+        except ImportError as error:
+            raise ImportError(
+                "LPIPS needs weights: name a safetensors file with `lpips_weights`, or `pip install lpips`."
+            ) from error
+        net = lpips.LPIPS(net="alex", verbose=False)
+        convs = [module for module in net.net.modules() if isinstance(module, nn.Conv2d)]
+        weights = {
+            f"conv.{i}.{name}": value for i, conv in enumerate(convs) for name, value in conv.named_parameters()
+        }
+        weights |= {f"head.{i}": head.model[-1].weight.flatten() for i, head in enumerate(net.lins)}
+        return cls({name: value.detach() for name, value in weights.items()}).eval()
+
+    def features(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """
+        Runs the classifier and normalises the channels of five layers to unit length at each position.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
+
+        Returns:
+            `list` of five `torch.Tensor` of shape `[B, channels, h, w]`.
+        """
+        hidden_states = (pixel_values - self.shift) / self.scale
+        features = []
+        if self.is_alexnet:
+            for i, (stride, padding, pool) in enumerate(ALEXNET):
+                if pool:
+                    hidden_states = F.max_pool2d(hidden_states, pool, 2)
+                hidden_states = self._conv(hidden_states, i, stride, padding)
+                features.append(hidden_states)
+        else:
+            i = 0
+            for num_convs, pool in VGG16:
+                if pool:
+                    hidden_states = F.max_pool2d(hidden_states, pool, 2)
+                for _ in range(num_convs):
+                    hidden_states = self._conv(hidden_states, i, 1, 1)
+                    i += 1
+                features.append(hidden_states)
+        return [values / (values.square().sum(1, keepdim=True) + 1e-20).sqrt() for values in features]
+
+    def _conv(self, hidden_states: torch.Tensor, index: int, stride: int, padding: int) -> torch.Tensor:
+        weight, bias = getattr(self, f"conv_{index}_weight"), getattr(self, f"conv_{index}_bias")
+        return F.conv2d(hidden_states, weight, bias, stride, padding).relu()
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor, spatial: bool = False) -> torch.Tensor:
+        """
+        Measures the distance of pictures.
+
+        Args:
+            input (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
+            target (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
+            spatial (`bool`, defaults to `False`): Return a map: each layer's distances brought to the size of the
+                pictures by bilinear interpolation, then summed.
+
+        Returns:
+            `torch.Tensor` of shape `[B]`, or `[B, 1, H, W]` with `spatial`.
+        """
+        if input.shape != target.shape:
+            raise ValueError(f"`input` and `target` must have one shape, but have {input.shape} and {target.shape}.")
+        total = 0.0
+        for i, (a, b) in enumerate(zip(self.features(input), self.features(target))):
+            head = getattr(self, f"head_{i}")[:, None, None]
+            distance = ((a - b).square() * head).sum(1, keepdim=True)  # [B, 1, h, w]
+            if spatial:
+                total = total + F.interpolate(distance, size=input.shape[-2:], mode="bilinear", align_corners=False)
+            else:
+                total = total + distance.mean((1, 2, 3))
+        return total
