@@ -119,8 +119,8 @@ def inpaint(
         typer.Argument(
             metavar="MASK",
             exists=True,
-            help="A picture of the photo's size: white is filled, black is kept, grey counts from the middle on. Or a"
-            " folder of masks that are named like their photos; the suffix may differ.",
+            help="A picture of the photo's size: white is filled, black is kept. Or a folder of masks that are named"
+            " like their photos; the suffix may differ.",
         ),
     ],
     output: Annotated[
@@ -146,6 +146,15 @@ def inpaint(
         typer.Option(min=0, help="Work on the mask's box and this many pixels around it, at full sharpness."),
     ] = 64,
     no_crop: Annotated[bool, typer.Option("--no-crop", help="Work on the whole photo instead.")] = False,
+    mask_threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Fill where a grey mask is at least so bright, as a share of white.",
+            show_default="grey is an error",
+        ),
+    ] = None,
     mask_dilation: Annotated[int, typer.Option(min=0, help="Grow the mask by this many pixels.")] = 0,
     paste: Annotated[
         Paste,
@@ -208,7 +217,7 @@ def inpaint(
             _note(f"{len(finished)} outputs exist already and are left as they are (`--overwrite` replaces them)")
         jobs = [job for job in jobs if not job.output.exists()]
     # All pictures are looked at before the model is, so that what is wrong shows at once.
-    jobs = [job for job in jobs if attempt(lambda job: _read_job(job, overwrite), job)]
+    jobs = [job for job in jobs if attempt(lambda job: _read_job(job, mask_threshold, overwrite), job)]
     if jobs:
         if model == DEFAULT_MODEL:
             _note(f"using the small model {model!r} that comes with the package; {FULL_MODEL_HINT}")
@@ -223,7 +232,7 @@ def inpaint(
             "color_compensation": color_compensation,
         }
         for job in jobs:
-            attempt(lambda job: _inpaint_job(pipeline, job, seed, options, overwrite), job)
+            attempt(lambda job: _inpaint_job(pipeline, job, mask_threshold, seed, options, overwrite), job)
     if failures:
         _note(f"{failures} of the photos could not be done")
         raise typer.Exit(1)
@@ -332,7 +341,9 @@ def _pictures_in(folder: Path) -> list[Path]:
     )
 
 
-def _read_job(job: Job, overwrite: bool) -> tuple[Image.Image, Image.Image, ImageMetadata]:
+def _read_job(
+    job: Job, mask_threshold: float | None, overwrite: bool
+) -> tuple[Image.Image, Image.Image, ImageMetadata]:
     if len(job.masks) != 1:
         raise ValueError(f"{job.photo} must have one mask of the same name, but has {len(job.masks)}.")
     photo, metadata = read_image(job.photo)
@@ -345,14 +356,32 @@ def _read_job(job: Job, overwrite: bool) -> tuple[Image.Image, Image.Image, Imag
     check_output(job.output, photo.mode, metadata, overwrite)
     if job.preview is not None:
         check_output(job.preview, "RGB", overwrite=overwrite)
-    return photo, mask, metadata
+
+    from .image_processing import load_masks, load_pictures, mask_values
+
+    try:
+        values = mask_values(mask) if mask_threshold is not None else None
+        mask = load_masks(mask if values is None else values >= mask_threshold, load_pictures(photo))[0]
+    except ValueError as error:
+        hint = "" if mask_threshold is not None else " The command does that with `--mask-threshold 0.5`."
+        raise ValueError(f"{job.masks[0]} with {job.photo}: {error}{hint}") from error
+    return photo, Image.fromarray(mask), metadata
 
 
-def _inpaint_job(pipeline: "MoebiusInpaintPipeline", job: Job, seed: int, options: dict, overwrite: bool) -> None:
+def _inpaint_job(
+    pipeline: "MoebiusInpaintPipeline",
+    job: Job,
+    mask_threshold: float | None,
+    seed: int,
+    options: dict[str, Any],
+    overwrite: bool,
+) -> None:
     import torch
-    from diffusers.utils import make_image_grid
+    from diffusers.utils import make_image_grid, numpy_to_pil
 
-    photo, mask, metadata = _read_job(job, overwrite)
+    from .image_processing import load_pictures
+
+    photo, mask, metadata = _read_job(job, mask_threshold, overwrite)
     pipeline.set_progress_bar_config(desc=job.photo.name, disable=None)
     try:
         # From the processor's generator, so that a seed means the same picture on every device.
@@ -360,12 +389,12 @@ def _inpaint_job(pipeline: "MoebiusInpaintPipeline", job: Job, seed: int, option
         result = pipeline(image=photo, mask_image=mask, generator=generator, **options).images[0]
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"{job.photo} takes more memory than the device has: `--crop-margin` makes it less, or `--device cpu`."
+            f"{job.photo} takes more memory than the device has; `--device cpu` may have more."
         ) from error
     write_image(result, job.output, metadata, overwrite)
     _print(str(job.output))
     if job.preview is not None:
-        pictures = [picture.convert("RGB") for picture in (photo, mask, result)]
+        pictures = [numpy_to_pil(picture.rgb())[0] for picture in load_pictures([photo, mask, result])]
         for picture in pictures:
             picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         write_image(make_image_grid(pictures, rows=1, cols=3), job.preview, overwrite=overwrite)

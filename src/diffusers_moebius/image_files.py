@@ -80,8 +80,8 @@ def read_image(path: str | os.PathLike) -> tuple[Image.Image, ImageMetadata]:
             frames = getattr(image, "n_frames", 1)
             is_reduced = image.mode == "RGB" and ";16" in str(image.tile)
             image.load()
-            metadata = _metadata(image)
             upright = _without_palette(ImageOps.exif_transpose(image))
+            metadata = _metadata(image)
         except Image.UnidentifiedImageError:
             raise ValueError(f"{path} is not a picture in a format that Pillow reads.") from None
         except Exception as error:  # On broken files decoders raise anything from OSError to struct.error.
@@ -207,4 +207,9 @@ def _save(image: Image.Image, file: io.IOBase, image_format: str, metadata: Imag
         options |= metadata.encoding
     else:
         options |= _SAVE_DEFAULTS.get(image_format, {})
+    if image_format == "TIFF" and "exif" in options:
+        exif = Image.Exif()
+        exif.load(options["exif"])
+        if ExifTags.IFD.Exif in exif or ExifTags.IFD.GPSInfo in exif:
+            options["compression"] = "raw"  # Pillow writes directories within the first one only without libtiff.
     image.save(file, format=image_format, **options)

@@ -1,0 +1,297 @@
+"""Picture files: what survives reading and writing, and what an interruption leaves behind."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageCms, ImageOps, JpegImagePlugin
+
+from diffusers_moebius.image_files import ImageMetadata, check_output, read_image, write_image
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def smooth_picture(mode="RGB", size=(48, 32)):
+    """A colourful gradient, which JPEG keeps well."""
+    y, x = np.mgrid[0 : size[1], 0 : size[0]]
+    values = np.stack([4 * x, 6 * y, 255 - 3 * x, 255 - 2 * y], axis=-1) % 256
+    return (
+        Image.fromarray(values.astype(np.uint8)[..., :3]).convert(mode)
+        if mode != "CMYK"
+        else Image.frombytes("CMYK", size, values.astype(np.uint8).tobytes())
+    )
+
+
+def camera_exif(orientation=1):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "Camera"
+    exif[ExifTags.Base.Orientation] = orientation
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2024:05:06 07:08:09"
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] = "N"
+    return exif
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_and_its_tag_gone(tmp_path, orientation):
+    source = smooth_picture()
+    source.save(tmp_path / "in.png", exif=camera_exif(orientation))
+    image, metadata = read_image(tmp_path / "in.png")
+    assert image.size == ((32, 48) if orientation >= 5 else (48, 32))
+    write_image(image, tmp_path / "out.png", metadata)
+    with Image.open(tmp_path / "out.png") as written, Image.open(tmp_path / "in.png") as original:
+        assert ExifTags.Base.Orientation not in written.getexif()
+        assert np.array_equal(written, ImageOps.exif_transpose(original))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("source_suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_profile_exif_and_resolution_survive(tmp_path, source_suffix, suffix):
+    options = {} if source_suffix == ".webp" else {"dpi": (300, 150)}
+    smooth_picture().save(tmp_path / f"in{source_suffix}", exif=camera_exif().tobytes(), icc_profile=SRGB, **options)
+    image, metadata = read_image(tmp_path / f"in{source_suffix}")
+    write_image(image, tmp_path / f"out{suffix}", metadata)
+    with Image.open(tmp_path / f"out{suffix}") as written:
+        assert written.info["icc_profile"] == SRGB
+        exif = written.getexif()
+        assert exif[ExifTags.Base.Make] == "Camera"
+        assert exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] == "2024:05:06 07:08:09"
+        assert exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] == "N"
+        if ".webp" not in (source_suffix, suffix):
+            assert written.info["dpi"] == pytest.approx((300, 150), abs=0.1)
+        if suffix != ".tif":  # of a TIFF the strips and sizes are tags too; elsewhere they would be false
+            assert set(exif) <= {ExifTags.Base.Make, ExifTags.Base.ExifOffset, ExifTags.Base.GPSInfo}
+
+
+def test_resolution_turns_with_the_picture(tmp_path):
+    smooth_picture().save(tmp_path / "in.jpg", exif=camera_exif(6), dpi=(300, 150))
+    assert read_image(tmp_path / "in.jpg")[1].tags["dpi"] == (150, 300)
+
+
+@pytest.mark.parametrize("quality, subsampling", [(35, 2), (80, 1), (92, 0), (98, 2)])
+def test_jpeg_keeps_tables_and_subsampling(tmp_path, quality, subsampling):
+    smooth_picture().save(tmp_path / "in.jpg", quality=quality, subsampling=subsampling, progressive=quality > 90)
+    image, metadata = read_image(tmp_path / "in.jpg")
+    write_image(image, tmp_path / "out.jpg", metadata)
+    with Image.open(tmp_path / "in.jpg") as before, Image.open(tmp_path / "out.jpg") as after:
+        assert after.quantization == before.quantization
+        assert JpegImagePlugin.get_sampling(after) == subsampling
+        assert after.info.get("progressive") == before.info.get("progressive")
+        assert np.abs(np.asarray(after, int) - np.asarray(before, int)).max() <= 3
+
+
+def test_sideways_422_is_not_reduced_along_the_other_axis(tmp_path):
+    smooth_picture().save(tmp_path / "in.jpg", subsampling=1, exif=camera_exif(8))
+    image, metadata = read_image(tmp_path / "in.jpg")
+    write_image(image, tmp_path / "out.jpg", metadata)
+    with Image.open(tmp_path / "out.jpg") as written:
+        assert JpegImagePlugin.get_sampling(written) == 0
+
+
+def test_jpeg_of_another_format_is_of_high_quality(tmp_path):
+    smooth_picture().save(tmp_path / "in.png")
+    write_image(read_image(tmp_path / "in.png")[0], tmp_path / "out.jpg")
+    smooth_picture().save(tmp_path / "95.jpg", quality=95, subsampling=0)
+    assert (tmp_path / "out.jpg").read_bytes() == (tmp_path / "95.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_lossless_formats_are_written_without_loss(tmp_path, suffix, mode):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, len(mode)), dtype=np.uint8)
+    write_image(Image.fromarray(noise, mode), tmp_path / f"out{suffix}", ImageMetadata("JPEG", {}, {"qtables": {}}))
+    assert np.array_equal(read_image(tmp_path / f"out{suffix}")[0], noise)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "raw", "packbits"])
+def test_tiff_keeps_its_compression(tmp_path, compression):
+    smooth_picture().save(tmp_path / "in.tif", compression=compression)
+    image, metadata = read_image(tmp_path / "in.tif")
+    write_image(image, tmp_path / "out.tif", metadata)
+    with Image.open(tmp_path / "out.tif") as written:
+        assert written.info["compression"] == compression
+
+
+@pytest.mark.parametrize(
+    "source, mode",
+    [
+        (smooth_picture("P"), "RGB"),
+        (smooth_picture("1"), "L"),
+        (smooth_picture("L"), "L"),
+        (smooth_picture("LA"), "LA"),
+        (smooth_picture("RGBA"), "RGBA"),
+        (Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 109), "I;16"),
+    ],
+    ids=["P", "1", "L", "LA", "RGBA", "I;16"],
+)
+def test_modes_of_png(tmp_path, source, mode):
+    source.save(tmp_path / "in.png")
+    image, metadata = read_image(tmp_path / "in.png")
+    assert image.mode == mode
+    write_image(image, tmp_path / "out.png", metadata)
+    with Image.open(tmp_path / "out.png") as written:
+        assert written.mode == mode
+        assert np.array_equal(written, source.convert(mode) if source.mode != mode else source)
+
+
+def test_transparent_colour_becomes_alpha(tmp_path):
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.putpixel((0, 0), 0)
+    palette.save(tmp_path / "p.png", transparency=0)
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "rgb.png", transparency=(1, 2, 3))
+    assert read_image(tmp_path / "p.png")[0].getpixel((0, 0)) == (255, 0, 0, 0)
+    assert read_image(tmp_path / "p.png")[0].getpixel((1, 0)) == (0, 255, 0, 255)
+    assert read_image(tmp_path / "rgb.png")[0].getpixel((0, 0)) == (1, 2, 3, 0)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".jpg"])
+def test_cmyk_stays_cmyk(tmp_path, suffix):
+    smooth_picture("CMYK").save(tmp_path / f"in{suffix}", **({"quality": 95} if suffix == ".jpg" else {}))
+    image, metadata = read_image(tmp_path / f"in{suffix}")
+    write_image(image, tmp_path / f"out{suffix}", metadata)
+    with Image.open(tmp_path / f"out{suffix}") as written:
+        assert written.mode == "CMYK"
+        difference = np.abs(np.asarray(written, int) - np.asarray(image, int)).max()
+        assert difference <= (2 if suffix == ".jpg" else 0)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_profile_of_another_colour_space_is_left_out(tmp_path, suffix):
+    profile = SRGB[:16] + b"CMYK" + SRGB[20:]
+    write_image(smooth_picture(), tmp_path / f"out{suffix}", ImageMetadata(None, {"icc_profile": profile}))
+    with Image.open(tmp_path / f"out{suffix}") as written:
+        assert "icc_profile" not in written.info
+
+
+def test_embedded_thumbnail_is_not_kept(tmp_path):
+    """It would show what has been removed."""
+    thumbnail = io.BytesIO()
+    smooth_picture(size=(16, 16)).save(thumbnail, "JPEG")
+    thumbnail = thumbnail.getvalue()
+    # TIFF header, IFD0 with one tag, IFD1 that points at the thumbnail behind it.
+    ifd0 = struct.pack("<H", 1) + struct.pack("<HHI4s", 271, 2, 4, b"Cam\0") + struct.pack("<I", 8 + 18)
+    ifd1_tags = struct.pack("<HHII", 513, 4, 1, 8 + 18 + 30) + struct.pack("<HHII", 514, 4, 1, len(thumbnail))
+    ifd1 = struct.pack("<H", 2) + ifd1_tags + struct.pack("<I", 0)
+    exif = b"Exif\0\0" + b"II*\0\x08\0\0\0" + ifd0 + ifd1 + thumbnail
+    smooth_picture().save(tmp_path / "in.jpg", exif=exif)
+    assert (tmp_path / "in.jpg").read_bytes().count(b"\xff\xd8\xff") == 2
+    image, metadata = read_image(tmp_path / "in.jpg")
+    write_image(image, tmp_path / "out.jpg", metadata)
+    assert (tmp_path / "out.jpg").read_bytes().count(b"\xff\xd8\xff") == 1
+    with Image.open(tmp_path / "out.jpg") as written:
+        assert written.getexif()[271] == "Cam"
+
+
+def test_photo_of_a_multi_picture_file_is_read(tmp_path):
+    smooth_picture().save(tmp_path / "in.jpg", "MPO", save_all=True, append_images=[smooth_picture(size=(8, 8))])
+    image, metadata = read_image(tmp_path / "in.jpg")
+    assert image.size == (48, 32) and metadata.format == "JPEG"
+    write_image(image, tmp_path / "out.jpg", metadata)
+    with Image.open(tmp_path / "out.jpg") as written:
+        assert written.format == "JPEG"
+
+
+def make_png(width, height, depth=8, pixels=b""):
+    """An RGB PNG that claims a size, whatever pixels it has."""
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+def bad_files():
+    jpeg, gif = io.BytesIO(), io.BytesIO()
+    smooth_picture(size=(200, 200)).save(jpeg, "JPEG")
+    smooth_picture().save(gif, "GIF", save_all=True, append_images=[smooth_picture("L")])
+    return {
+        "text.png": (b"no picture at all", "not a picture"),
+        "empty.png": (b"", "not a picture"),
+        "truncated.jpg": (jpeg.getvalue()[: len(jpeg.getvalue()) // 2], "cannot be read"),
+        "header.png": (make_png(10, 10), "cannot be read"),
+        "bomb.png": (make_png(100_000, 100_000), "cannot be read.*pixels"),
+        "flat.png": (make_png(0, 10), "flat.png"),
+        "animated.gif": (gif.getvalue(), "2 frames"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_files())
+def test_unusable_files_are_refused_by_name(tmp_path, name):
+    content, message = bad_files()[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_image(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_large_photos_below_the_limit_give_no_warning(tmp_path, monkeypatch, recwarn):
+    smooth_picture().save(tmp_path / "in.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 32 - 1)
+    assert read_image(tmp_path / "in.png")[0].size == (48, 32)
+    assert not recwarn.list
+
+
+def test_reduced_depth_is_said(tmp_path):
+    (tmp_path / "deep.png").write_bytes(make_png(4, 1, 16, b"\0" + bytes(range(4 * 3 * 2))))
+    with pytest.warns(UserWarning, match="16 bits"):
+        read_image(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize(
+    "name, mode, message",
+    [
+        ("out.jpg", "RGBA", "mode RGBA"),
+        ("out.png", "CMYK", "mode CMYK"),
+        ("out.xyz", "RGB", "suffix '.xyz'"),
+        ("out", "RGB", "suffix ''"),
+        ("missing/out.png", "RGB", "folder .*missing.* does not exist"),
+        ("there.png", "RGB", "exists already"),
+        (".", "RGB", "is a folder"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_refused(tmp_path, name, mode, message):
+    (tmp_path / "there.png").write_bytes(b"kept")
+    with pytest.raises(ValueError, match=message):
+        check_output(tmp_path / name, mode)
+    with pytest.raises(ValueError, match=message):
+        write_image(Image.new(mode, (4, 4)), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["there.png"]
+    assert (tmp_path / "there.png").read_bytes() == b"kept"
+
+
+def test_metadata_that_the_format_cannot_hold_is_refused_beforehand(tmp_path):
+    with pytest.raises(ValueError, match="EXIF data is too long"):
+        check_output(tmp_path / "out.jpg", "RGB", ImageMetadata(None, {"exif": b"Exif\0\0" + bytes(70_000)}))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_interrupted_writing_leaves_the_old_file(tmp_path, monkeypatch, error):
+    target = tmp_path / "out.png"
+    target.write_bytes(b"old")
+    save = Image.Image.save
+
+    def interrupted(self, file, **options):
+        if self.size == (1, 1):  # the check beforehand
+            return save(self, file, **options)
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(error):
+        write_image(smooth_picture(), target, overwrite=True)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_new_files_have_ordinary_permissions_and_links_stay(tmp_path):
+    (tmp_path / "ordinary").touch()
+    write_image(smooth_picture(), tmp_path / "out.png")
+    assert os.stat(tmp_path / "out.png").st_mode == os.stat(tmp_path / "ordinary").st_mode
+    (tmp_path / "link.png").symlink_to(tmp_path / "out.png")
+    write_image(smooth_picture(size=(8, 8)), tmp_path / "link.png", overwrite=True)
+    assert (tmp_path / "link.png").is_symlink()
+    assert read_image(tmp_path / "out.png")[0].size == (8, 8)
