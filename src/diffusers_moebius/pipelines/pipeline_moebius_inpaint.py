@@ -15,7 +15,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -38,6 +37,9 @@ from ..image_processing import (
     working_size,
 )
 from ..loaders.pipeline_loader import MoebiusLoaderMixin
+from ..models.latent_categories import LatentCategoriesEmbedder
+from ..models.unet_2d_moebius import MoebiusUNet2DModel
+from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +75,7 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
     Args:
         vae ([`AutoencoderKL`] or [`AutoencoderTiny`]):
             Variational autoencoder that takes pictures to latents and back.
-        unet ([`MoebiusUNet2DModel`]):
+        unet ([`MoebiusUNet2DModel`] or [`PixelHackerUNet2DModel`]):
             Denoiser of the latents; its input is noisy latents, mask and masked-image latents.
         lcg_embedder ([`LatentCategoriesEmbedder`]):
             Embeds the background and foreground categories (latent categories guidance).
@@ -90,8 +92,8 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
     def __init__(
         self,
         vae: AutoencoderKL | AutoencoderTiny,
-        unet: ModelMixin,  # not the class of this package: a saved pipeline brings its own copy along
-        lcg_embedder: ModelMixin,
+        unet: MoebiusUNet2DModel | PixelHackerUNet2DModel,
+        lcg_embedder: LatentCategoriesEmbedder,
         scheduler: KarrasDiffusionSchedulers,
         default_guidance_scale: float = 2.5,
     ):
@@ -217,11 +219,12 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
         self, generator: torch.Generator | list[torch.Generator] | None, num_pictures: int, num_images_per_prompt: int
     ) -> list[torch.Generator] | torch.Generator | None:
         """One generator a result, or the single one (or none) that was given."""
-        if not isinstance(generator, (list, tuple)):
-            if generator is not None and not isinstance(generator, torch.Generator):
-                raise ValueError(
-                    f"`generator` must be a torch.Generator or a list, but is a {type(generator).__name__}."
-                )
+        if generator is None:
+            return None
+        for each in generator if isinstance(generator, (list, tuple)) else [generator]:
+            if not isinstance(each, torch.Generator):
+                raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
+        if isinstance(generator, torch.Generator):
             return generator
         if len(generator) == num_pictures:
             return [each for each in generator for _ in range(num_images_per_prompt)]
