@@ -10,7 +10,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging
 from huggingface_hub import (
@@ -26,6 +25,7 @@ from huggingface_hub.utils import HfHubHTTPError, OfflineModeIsEnabled, Reposito
 
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
+from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 from .model_card import make_model_card
 from .release_checkpoint import (
     DEFAULT_CHECKPOINT,
@@ -41,7 +41,9 @@ from .remote_code import is_ours, module_stem, self_contained_source
 logger = logging.get_logger(__name__)
 
 # Classes of ours that a saved pipeline may name, wherever they lay when it was saved.
-COMPONENT_CLASSES = {cls.__name__: cls for cls in (MoebiusUNet2DModel, LatentCategoriesEmbedder)}
+COMPONENT_CLASSES = {
+    cls.__name__: cls for cls in (MoebiusUNet2DModel, PixelHackerUNet2DModel, LatentCategoriesEmbedder)
+}
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -79,7 +81,7 @@ class ModelSource:
                 self.files = {sibling.rfilename for sibling in info.siblings}
                 return
             except (HfHubHTTPError, OfflineModeIsEnabled, httpx.TransportError) as error:
-                logger.warning(f"The hub does not give {self.location}; trying the cache. ({_first_line(error)})")
+                logger.warning(f"The hub does not give {self.location}; trying the cache. ({_summary(error)})")
                 self.offline_reason = error
         self.hub_kwargs = {**hub_kwargs, "local_files_only": True}
         cached = {name: hub_kwargs.get(name) for name in ("cache_dir", "revision")}
@@ -119,12 +121,14 @@ class ModelSource:
             hint = " If the repository is private or gated, pass a `token` that may read it, or run `hf auth login`."
         return OSError(
             f"`{self.argument}` {self.location} is no folder, not in the cache, and the hub does not give it:"
-            f" {_first_line(self.offline_reason)}{hint}"
+            f" {_summary(self.offline_reason)}{hint}"
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _summary(error: Exception) -> str:
+    """What went wrong and where, of the many lines of the client's errors."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
 
 
 def load_vae(
@@ -160,7 +164,7 @@ def load_vae(
     if folder is None:
         raise ValueError(f"`vae` must hold config.json or vae/config.json, but {source.location} does not.")
     subfolder = {"subfolder": folder.strip("/")} if folder else {}
-    config = AutoencoderKL.load_config(source.location, **subfolder, **source.hub_kwargs)
+    config = json.loads(Path(source.path(f"{folder}config.json")).read_text(encoding="utf-8"))
     class_name = str(config.get("_class_name"))
     vae_class = getattr(diffusers, class_name, None)
     if not hasattr(vae_class, "decode"):
@@ -304,7 +308,7 @@ class MoebiusLoaderMixin:
         }
         if folder in folders:
             raise ValueError(
-                f"`variant` and `use_safetensors` ask for {' or '.join(names)}, but {source.location} does not have it."
+                f"`variant` and `use_safetensors` ask for {' or '.join(names)}, which {source.location} does not have."
             )
         if folders - {""}:
             raise ValueError(

@@ -239,7 +239,7 @@ def load_release_components(
     Args:
         path (`str` or `os.PathLike`): The checkpoint, `.bin` or `.safetensors`.
         config (`Mapping`, `str` or `os.PathLike`, *optional*): A config in the release's names, or a JSON or YAML file
-            of it. Needed only for what shapes do not tell (`norm_num_groups`), if it is not as in the published models.
+            of it. Needed only if `norm_num_groups`, which shapes do not tell, is not that of the published models.
         dtype (`torch.dtype` or `Mapping`, *optional*): Type of the weights, or one for each component as in diffusers;
             as stored if not given.
         disable_mmap (`bool`, defaults to `False`): Read the whole file at once.
@@ -271,7 +271,9 @@ def load_release_components(
     num_embeddings = arguments.pop("num_embeddings")
     with torch.device("meta"):  # the checkpoint's tensors take the place of the weights
         unet = MoebiusUNet2DModel(**arguments)
-        lcg_embedder = LatentCategoriesEmbedder(num_embeddings, arguments["encoder_hid_dim"])
+        lcg_embedder = LatentCategoriesEmbedder(
+            num_embeddings=num_embeddings, embedding_dim=arguments["encoder_hid_dim"]
+        )
     components = {"unet": (unet, UNET_PREFIX), "lcg_embedder": (lcg_embedder, "")}
     expected = {
         prefix + name: tuple(tensor.shape)

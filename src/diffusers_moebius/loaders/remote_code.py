@@ -8,7 +8,10 @@ it, in the order of their imports, the modules of ours that it needs.
 
 import ast
 import importlib
+import sys
 from importlib.util import resolve_name
+from logging import Logger
+from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]  # also where this code has itself travelled in a saved pipeline
 
@@ -42,15 +45,16 @@ def self_contained_source(module_name: str) -> str:
     if len(sources) == 1:
         return sources[module_name]
 
-    meanings: dict[str, tuple[str, str]] = {}
+    meanings: dict[str, tuple[str, Any]] = {}
     parts = ["# Generated from the package diffusers_moebius, of which it holds every module that it needs.\n"]
     for name, source in sources.items():
-        tree = ast.parse(source)
-        for bound, meaning in _top_level_names(tree.body, name):
-            other, known = meanings.setdefault(bound, (name, meaning))
-            if known != meaning:
-                raise ValueError(f"{other} and {name} cannot be joined: both define `{bound}`.")
-        parts.append(f"\n# {'-' * 20} {name}\n\n{_without_own_imports(source, tree, name)}")
+        for bound, value in vars(sys.modules[name]).items():
+            if bound.startswith("__") or isinstance(value, Logger):
+                continue
+            other, known = meanings.setdefault(bound, (name, value))
+            if known is not value:
+                raise ValueError(f"{other} and {name} cannot be joined: `{bound}` is not the same in both.")
+        parts.append(f"\n# {'-' * 20} {name}\n\n{_without_own_imports(source, name)}")
     return "\n".join(parts)
 
 
@@ -63,15 +67,15 @@ def _collect(module_name: str, sources: dict[str, str], importers: tuple[str, ..
         raise ValueError(f"{importers[-1]} must import from the modules of {module_name}, not from the package.")
     with open(module.__file__, encoding="utf-8") as file:
         source = file.read()
-    for _, imported in _own_imports(ast.parse(source), module_name):
+    for _, imported in _own_imports(source, module_name):
         if imported not in sources:
             _collect(imported, sources, (*importers, module_name))
     sources[module_name] = source
 
 
-def _own_imports(tree: ast.Module, module_name: str) -> list[tuple[ast.ImportFrom, str]]:
+def _own_imports(source: str, module_name: str) -> list[tuple[ast.ImportFrom, str]]:
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import) and any(is_ours(alias.name) for alias in node.names):
             raise ValueError(f"{module_name} must import names from our modules, not modules (line {node.lineno}).")
         if not isinstance(node, ast.ImportFrom):
@@ -87,29 +91,9 @@ def _own_imports(tree: ast.Module, module_name: str) -> list[tuple[ast.ImportFro
     return found
 
 
-def _without_own_imports(source: str, tree: ast.Module, module_name: str) -> str:
+def _without_own_imports(source: str, module_name: str) -> str:
     lines = source.splitlines()
-    for node, _ in _own_imports(tree, module_name):
+    for node, _ in _own_imports(source, module_name):
         replacement = " " * node.col_offset + "pass" if node.col_offset else ""  # a block may not become empty
         lines[node.lineno - 1 : node.end_lineno] = [replacement] + [""] * (node.end_lineno - node.lineno)
     return "\n".join(lines).strip("\n") + "\n"
-
-
-def _top_level_names(body: list[ast.stmt], module_name: str):
-    """What each top-level name of a module is bound to, in a form that is equal for equal meanings."""
-    for node in body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            origin = getattr(node, "module", "")
-            if getattr(node, "level", 0) or is_ours(origin):
-                continue
-            for alias in node.names:
-                yield alias.asname or alias.name.partition(".")[0], f"{origin} {alias.name} {alias.asname}"
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node.name, f"{module_name}.{node.name}"
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            for target in ast.walk(node):
-                if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store):
-                    yield target.id, ast.unparse(node)
-        for block in ("body", "orelse", "finalbody", "handlers"):
-            if isinstance(node, ast.If | ast.Try | ast.With | ast.For | ast.ExceptHandler):
-                yield from _top_level_names(getattr(node, block, []), module_name)

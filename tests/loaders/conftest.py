@@ -1,0 +1,54 @@
+"""A hub on loopback, and tiny pipelines in both layouts."""
+
+import huggingface_hub.constants
+import huggingface_hub.hf_api
+import pytest
+import torch
+from hub_server import HubServer
+
+from diffusers_moebius.loaders.release_checkpoint import UNET_PREFIX
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The only hub that the client knows during a test, with an empty cache."""
+    server = HubServer()
+    server.start()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def release_state_dict(tiny_unet, tiny_lcg_embedder):
+    """A checkpoint in the release's names; its config is `release_config`."""
+    weights = {UNET_PREFIX + name: tensor for name, tensor in tiny_unet.state_dict().items()}
+    return {**tiny_lcg_embedder.state_dict(), **weights}
+
+
+@pytest.fixture
+def release_config():
+    """What the shapes of `release_state_dict` do not tell."""
+    return {"norm_num_groups": 8}
+
+
+@pytest.fixture
+def release_hub(hub, release_state_dict, tiny_vae, tmp_path):
+    """A hub with the release's layout: two checkpoints that differ in one bias, and the autoencoder as a pickle."""
+    folder = tmp_path / "hub"
+    for number, name in enumerate(("ft_places2", "ft_celebahq")):
+        release_state_dict["diff_model.conv_norm_out.bias"] = torch.full((16,), float(number))
+        (folder / name).mkdir(parents=True)
+        torch.save(release_state_dict, folder / name / "diffusion_pytorch_model.bin")
+    hub.add("hustvl/Moebius").add_folder(folder)
+    tiny_vae.save_pretrained(tmp_path / "vae", safe_serialization=False)
+    hub.add("hustvl/PixelHacker").add_folder(tmp_path / "vae", "vae/")
+    return hub
