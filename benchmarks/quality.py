@@ -38,7 +38,7 @@ from PIL import Image, ImageDraw
 from skimage.metrics import structural_similarity
 from tqdm.auto import tqdm
 
-from diffusers_moebius.training.perceptual import LPIPS
+from diffusers_moebius.training.perceptual import LPIPS, distance_map
 
 METRICS = {
     "psnr": "PSNR in the hole ↑",
@@ -254,9 +254,9 @@ def lpips_in_hole_and_picture(
     """
     device = lpips.shift.device
     to_tensor = lambda array: torch.tensor(array, device=device).permute(2, 0, 1)[None].float() / 127.5 - 1  # noqa: E731
-    a, b = to_tensor(picture), to_tensor(photo)
-    distances = lpips(a, b, spatial=True)[0, 0]  # [H, W]
-    return distances[torch.from_numpy(mask).to(device)].mean().item(), lpips(a, b).item()
+    distances = lpips.distances(to_tensor(picture), to_tensor(photo))
+    in_hole = distance_map(distances, mask.shape)[0, torch.from_numpy(mask).to(device)]
+    return in_hole.mean().item(), sum(layer.mean().item() for layer in distances)
 
 
 def measure(sample: Sample, method: Method, index: int, lpips: LPIPS) -> tuple[dict[str, float], np.ndarray]:

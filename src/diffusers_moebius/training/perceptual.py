@@ -113,27 +113,46 @@ class LPIPS(nn.Module):
         weight, bias = getattr(self, f"conv_{index}_weight"), getattr(self, f"conv_{index}_bias")
         return F.conv2d(hidden_states, weight, bias, stride, padding).relu()
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor, spatial: bool = False) -> torch.Tensor:
+    def distances(self, input: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
         """
-        Measures the distance of pictures.
+        Compares pictures layer by layer, at each position.
 
         Args:
             input (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
             target (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
-            spatial (`bool`, defaults to `False`): Return a map: each layer's distances brought to the size of the
-                pictures by bilinear interpolation, then summed.
 
         Returns:
-            `torch.Tensor` of shape `[B]`, or `[B, 1, H, W]` with `spatial`.
+            `list` of five `torch.Tensor` of shape `[B, h, w]`.
         """
         if input.shape != target.shape:
             raise ValueError(f"`input` and `target` must have one shape, but have {input.shape} and {target.shape}.")
-        total = 0.0
-        for i, (a, b) in enumerate(zip(self.features(input), self.features(target))):
-            head = getattr(self, f"head_{i}")[:, None, None]
-            distance = ((a - b).square() * head).sum(1, keepdim=True)  # [B, 1, h, w]
-            if spatial:
-                total = total + F.interpolate(distance, size=input.shape[-2:], mode="bilinear", align_corners=False)
-            else:
-                total = total + distance.mean((1, 2, 3))
-        return total
+        heads = [getattr(self, f"head_{i}")[:, None, None] for i in range(5)]
+        pairs = zip(self.features(input), self.features(target), heads)
+        return [((a - b).square() * head).sum(1) for a, b, head in pairs]
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """
+        Measures how different pictures look.
+
+        Args:
+            input (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
+            target (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
+
+        Returns:
+            `torch.Tensor` of shape `[B]`: For each layer the mean over all positions, summed; 0 for equal pictures.
+        """
+        return sum(distance.mean((1, 2)) for distance in self.distances(input, target))
+
+
+def distance_map(distances: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+    """
+    Brings the distances of all layers to the size of the pictures by bilinear interpolation and sums them.
+
+    Args:
+        distances (`list` of `torch.Tensor` of shape `[B, h, w]`): What [`LPIPS.distances`] returns.
+        size (`tuple[int, int]`): Height and width in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `[B, height, width]`.
+    """
+    return sum(F.interpolate(layer[:, None], size=size, mode="bilinear")[:, 0] for layer in distances)
