@@ -306,9 +306,9 @@ def mask_values(value: Image.Image | np.ndarray | torch.Tensor) -> np.ndarray:
         value = value.astype(np.uint8) * 255
     picture = _read(value, "mask_image")
     if picture.alpha is not None and (picture.alpha < picture.peak).any():
-        return picture.alpha[..., 0] / picture.peak
+        return picture.alpha[..., 0] / np.float32(picture.peak)
     if picture.color == "L":
-        return picture.samples[..., 0] / picture.peak
+        return picture.samples[..., 0] / np.float32(picture.peak)
     return picture.rgb() @ np.asarray(LUMA, np.float32)
 
 
@@ -505,18 +505,18 @@ def feather_inwards(mask: np.ndarray) -> np.ndarray:
     # The mask's box and, where the picture goes on, one pixel around it: what lies farther out has no influence.
     left, top, right, bottom = mask_box(mask, 1)
     hole = mask[top:bottom, left:right]
-    ramp = np.zeros(hole.shape, np.float32)
+    ramp = np.zeros(hole.shape, np.uint8)
     for radius in (1, 2, 4, 8, 16):
         core = ~dilate_mask(~hole, 8 * radius)
         if not core.any():
             break
         ramp[dilate_mask(core, 8 * radius) & hole] = radius
-    distance = hole.astype(np.float32)  # to the nearest pixel outside, in steps of a chess king
+    distance = hole.astype(np.uint8)  # to the nearest pixel outside, in steps of a chess king
     inner = hole
     for _ in range(int(ramp.max())):
         inner = ~dilate_mask(~inner, 1)
         distance += inner
-    weight[top:bottom, left:right] = np.minimum(distance / (ramp + 1), 1)
+    weight[top:bottom, left:right] = np.minimum(distance / (ramp + np.float32(1)), 1)
     return weight
 
 

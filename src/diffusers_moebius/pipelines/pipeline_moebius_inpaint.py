@@ -125,7 +125,8 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
         if missing:
             raise ValueError(f"`pipeline` has no {', '.join(missing)}: pass what is missing as an argument.")
         new_pipeline = cls(**{**shared, **settings, **kwargs})
-        new_pipeline.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        if pipeline.name_or_path is not None:
+            new_pipeline.register_to_config(_name_or_path=pipeline.name_or_path)
         if dtype is not None or torch_dtype is not None:
             new_pipeline.to(dtype=dtype or torch_dtype)
         return new_pipeline
