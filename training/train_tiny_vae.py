@@ -68,6 +68,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_grad_norm", type=float, default=1.0)
     # run
     add("--output_dir", required=True)
+    add("--save_dtype", choices=("float16", "float32"), default="float16", help="type of the final weights' file")
     add("--checkpointing_steps", type=int, default=500)
     add("--checkpoints_total_limit", type=int, default=2)
     add("--resume_from_checkpoint", help="a checkpoint folder, or `latest`")
@@ -315,7 +316,12 @@ def main(arguments: list[str] | None = None) -> None:
     if step < args.max_train_steps:
         logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", step)
     elif accelerator.is_main_process:
-        vae.save_pretrained(output_dir / "vae")
+        vae.to(getattr(torch, args.save_dtype)).save_pretrained(output_dir / "vae")
+        # diffusers writes this one and warns of it on loading.
+        config_file = output_dir / "vae" / "config.json"
+        config = json.loads(config_file.read_text())
+        config.pop("block_out_channels", None)
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
         logger.info("wrote %s", output_dir / "vae")
     accelerator.end_training()
 

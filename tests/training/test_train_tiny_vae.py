@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_perceptual import make_weights
 
 from diffusers_moebius.training.data import PictureReader
@@ -58,14 +58,18 @@ def losses(tmp_path) -> np.ndarray:
         return np.array([[float(value) for value in row] for row in csv.reader(file)])
 
 
-def test_training_lowers_the_losses_and_saves_an_autoencoder(script, arguments, tmp_path):
+def test_training_lowers_the_losses_and_saves_an_autoencoder(script, arguments, tmp_path, caplog):
     script.main([*arguments, "--max_train_steps", "40", "--learning_rate", "1e-2", "--validation_steps", "20"])
     log = losses(tmp_path)
     assert log.shape == (40, 5)
     assert (log[-10:, 1:3].mean(0) < 0.8 * log[:10, 1:3].mean(0)).all()  # latents, L1; LPIPS is random here
     assert log[-1, 4] == 0  # the learning rate ends at zero
 
+    weights = load_file(tmp_path / "run" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    caplog.clear()
     vae = AutoencoderTiny.from_pretrained(tmp_path / "run" / "vae")
+    assert not caplog.records  # no warning
     assert vae.config.scaling_factor == 1.0
     with torch.no_grad():
         reconstruction = vae.decode(vae.encode(torch.zeros(1, 3, 32, 48)).latents).sample
