@@ -85,7 +85,7 @@ def _show_version(value: bool) -> None:
     if value:
         from . import __version__
 
-        _print(f"moebius {__version__}")
+        print(f"moebius {__version__}")
         raise typer.Exit()
 
 
@@ -197,18 +197,16 @@ def inpaint(
     many = photo.is_dir()
     failures = 0
 
-    def attempt(action: Callable[[Job], Any], job: Job) -> bool:
+    def attempt(action: Callable[..., Any], job: Job, *arguments: Any) -> Any:
         """Does something with a picture; with a folder of them a bad one does not end the others."""
         nonlocal failures
         try:
-            action(job)
+            return action(job, *arguments)
         except (ValueError, OSError) as error:
             if not many:
                 raise
             failures += 1
             _note(f"error: {_one_line(error)}")
-            return False
-        return True
 
     jobs = _list_jobs(photo, mask, output, preview)
     if many and not overwrite:
@@ -217,7 +215,7 @@ def inpaint(
             _note(f"{len(finished)} outputs exist already and are left as they are (`--overwrite` replaces them)")
         jobs = [job for job in jobs if not job.output.exists()]
     # All pictures are looked at before the model is, so that what is wrong shows at once.
-    jobs = [job for job in jobs if attempt(lambda job: _read_job(job, mask_threshold, overwrite), job)]
+    jobs = [job for job in jobs if attempt(_read_job, job, mask_threshold, overwrite)]
     if jobs:
         if model == DEFAULT_MODEL:
             _note(f"using the small model {model!r} that comes with the package; {FULL_MODEL_HINT}")
@@ -232,7 +230,8 @@ def inpaint(
             "color_compensation": color_compensation,
         }
         for job in jobs:
-            attempt(lambda job: _inpaint_job(pipeline, job, mask_threshold, seed, options, overwrite), job)
+            for path in attempt(_inpaint_job, job, pipeline, mask_threshold, seed, options, overwrite) or []:
+                print(path, flush=True)
     if failures:
         _note(f"{failures} of the photos could not be done")
         raise typer.Exit(1)
@@ -268,7 +267,7 @@ def convert(
     """
     from . import convert_release_checkpoint
 
-    _print(str(convert_release_checkpoint(source, target, config=config, vae=vae, overwrite=overwrite)))
+    print(convert_release_checkpoint(source, target, config=config, vae=vae, overwrite=overwrite))
 
 
 @app.command()
@@ -289,7 +288,7 @@ def info(
     pipeline = _load_pipeline(model, checkpoint, "cpu", DType.auto)
     description = _describe(pipeline)
     if json:
-        _print(json_module.dumps({"model": model, **description}, indent=2))
+        print(json_module.dumps({"model": model, **description}, indent=2))
         return
     lines = [f"{model}: {description['native_size']} px native, guidance {description['default_guidance_scale']}"]
     lines.append(f"{'component':<14}{'class':<28}{'parameters':>12}{'size':>12}  type")
@@ -301,7 +300,7 @@ def info(
     for name, value in description["multiply_adds"].items():
         lines.append(f"  {name.replace('_', ' '):<40}{value / 1e9:>12.2f} G")
     lines.append("scheduler " + ", ".join(f"{key}: {value}" for key, value in description["scheduler"].items()))
-    _print("\n".join(lines))
+    print("\n".join(lines))
 
 
 def _list_jobs(photo: Path, mask: Path, output: Path, preview: bool) -> list[Job]:
@@ -369,13 +368,13 @@ def _read_job(
 
 
 def _inpaint_job(
-    pipeline: "MoebiusInpaintPipeline",
     job: Job,
+    pipeline: "MoebiusInpaintPipeline",
     mask_threshold: float | None,
     seed: int,
     options: dict[str, Any],
     overwrite: bool,
-) -> None:
+) -> list[Path]:
     import torch
     from diffusers.utils import make_image_grid, numpy_to_pil
 
@@ -392,13 +391,13 @@ def _inpaint_job(
             f"{job.photo} takes more memory than the device has; `--device cpu` may have more."
         ) from error
     write_image(result, job.output, metadata, overwrite)
-    _print(str(job.output))
-    if job.preview is not None:
-        pictures = [numpy_to_pil(picture.rgb())[0] for picture in load_pictures([photo, mask, result])]
-        for picture in pictures:
-            picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        write_image(make_image_grid(pictures, rows=1, cols=3), job.preview, overwrite=overwrite)
-        _print(str(job.preview))
+    if job.preview is None:
+        return [job.output]
+    pictures = [numpy_to_pil(picture.rgb())[0] for picture in load_pictures([photo, mask, result])]
+    for picture in pictures:
+        picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    write_image(make_image_grid(pictures, rows=1, cols=3), job.preview, overwrite=overwrite)
+    return [job.output, job.preview]
 
 
 def _load_pipeline(
@@ -500,20 +499,6 @@ def _describe(pipeline: "MoebiusInpaintPipeline") -> dict[str, Any]:
     }
 
 
-def _print(text: str) -> None:
-    """Prints a line of output; when nobody reads it any more, the command ends as on Ctrl-C."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        _silence_stdout()
-        raise typer.Exit(130) from None
-
-
-def _silence_stdout() -> None:
-    # What is left in the buffer would raise once more when the interpreter ends.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _note(text: str) -> None:
     print(f"moebius: {text}", file=sys.stderr)
 
@@ -530,12 +515,18 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     Args:
         arguments (`list[str]`, *optional*): Command-line arguments; those of the process if not given.
     """
-    warnings.showwarning = lambda message, *_args, **_kwargs: _note(f"warning: {_one_line(message)}")
     try:
-        code = app(args=arguments or sys.argv[1:] or ["--help"], prog_name="moebius", standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            # What the libraries below warn of is nothing that the command's user can change.
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module="diffusers_moebius")
+            warnings.showwarning = lambda message, *_args, **_kwargs: _note(f"warning: {_one_line(message)}")
+            arguments = sys.argv[1:] if arguments is None else arguments
+            code = app(args=arguments or ["--help"], prog_name="moebius", standalone_mode=False) or 0
         sys.stdout.flush()
-    except BrokenPipeError:
-        _silence_stdout()
+    except (BrokenPipeError, SystemExit):
+        # Nobody reads the output any more, for which Typer exits. What is left in the buffer would raise once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
         code = 130
     except (KeyboardInterrupt, typer.Abort):
         code = 130

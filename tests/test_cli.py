@@ -1,0 +1,486 @@
+"""The `moebius` command as a person uses it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageCms
+
+import diffusers_moebius
+from diffusers_moebius import convert_release_checkpoint
+from diffusers_moebius.cli import main
+from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
+
+SIZE = (72, 56)
+HOLE = (24, 16, 44, 36)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, parity_dir) -> str:
+    """A pipeline folder with the tiny model."""
+    target = tmp_path_factory.mktemp("models") / "tiny"
+    source, config = parity_dir / "student_tiny.safetensors", parity_dir / "student_tiny.json"
+    return str(convert_release_checkpoint(source, target, config=config, vae=parity_dir / "vae_tiny"))
+
+
+@pytest.fixture
+def moebius(capsys):
+    """Runs the command; returns its exit code, its lines of output and those of errors."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out.splitlines(), captured.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The working folder, with `photo.png` and its `mask.png`."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    make_photo().save("photo.png")
+    make_mask().save("mask.png")
+    return folder
+
+
+def make_photo(mode="RGB", size=SIZE, seed=0):
+    channels = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
+    generator = np.random.default_rng(seed)
+    if mode == "I;16":
+        return Image.fromarray(generator.integers(0, 65536, size[::-1], dtype=np.uint16))
+    if mode == "P":
+        return make_photo("RGB", size, seed).quantize(16)
+    values = generator.integers(0, 256, (*size[::-1], channels[mode]), dtype=np.uint8)
+    return Image.frombytes(mode, size, values.tobytes())
+
+
+def make_mask(size=SIZE, hole=HOLE):
+    mask = Image.new("L", size)
+    mask.paste(255, hole)
+    return mask
+
+
+def outside(image):
+    """The pixels outside the hole, as one array."""
+    values = np.asarray(image)
+    keep = np.ones(values.shape[:2], bool)
+    keep[HOLE[1] : HOLE[3], HOLE[0] : HOLE[2]] = False
+    return values[keep]
+
+
+def test_fills_the_hole_and_nothing_else(moebius, folder, model):
+    code, out, err = moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model, "--steps", 3)
+    assert (code, out, err) == (0, ["out.png"], [])
+    photo, result = Image.open("photo.png"), Image.open("out.png")
+    assert result.size == photo.size and result.mode == "RGB"
+    assert np.array_equal(outside(photo), outside(result))
+    assert np.mean(np.asarray(photo.crop(HOLE)) != np.asarray(result.crop(HOLE))) > 0.9
+    assert sorted(os.listdir()) == ["mask.png", "out.png", "photo.png"]
+
+
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [("L", ".png"), ("LA", ".png"), ("RGBA", ".webp"), ("I;16", ".png"), ("P", ".png"), ("CMYK", ".tif")],
+)
+def test_modes_and_transparency_are_kept(moebius, folder, model, mode, suffix):
+    make_photo(mode).save(f"photo{suffix}", **({"lossless": True, "exact": True} if suffix == ".webp" else {}))
+    code, _, err = moebius(
+        "inpaint", f"photo{suffix}", "mask.png", "-o", f"out{suffix}", "--model", model, "--steps", 2
+    )
+    assert (code, err) == (0, [])
+    photo, result = Image.open(f"photo{suffix}"), Image.open(f"out{suffix}")
+    photo = photo.convert("RGB") if mode == "P" else photo
+    assert result.mode == photo.mode
+    assert np.array_equal(outside(photo), outside(result))
+    if mode in ("LA", "RGBA"):
+        assert np.array_equal(photo.getchannel("A"), result.getchannel("A"))
+
+
+def test_camera_photo_comes_back_upright_with_its_metadata(moebius, folder, model):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Model] = "Pinhole"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    sideways = Image.new("RGB", SIZE[::-1], (90, 120, 60))
+    sideways.save("photo.jpg", exif=exif, icc_profile=profile, dpi=(240, 240), quality=61)
+    code, _, err = moebius("inpaint", "photo.jpg", "mask.png", "-o", "out.jpg", "--model", model, "--steps", 2)
+    assert (code, err) == (0, [])
+    before, result = Image.open("photo.jpg"), Image.open("out.jpg")
+    assert result.format == "JPEG" and result.size == SIZE
+    assert ExifTags.Base.Orientation not in result.getexif()
+    assert result.getexif()[ExifTags.Base.Model] == "Pinhole"
+    assert result.info["icc_profile"] == profile and result.info["dpi"] == (240, 240)
+    assert result.quantization == before.quantization
+
+
+def test_seed_decides_the_filling(moebius, folder, model):
+    for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
+        moebius("inpaint", "photo.png", "mask.png", "-o", name, "--model", model, "--steps", 2, "--seed", seed)
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert Path("a.png").read_bytes() != Path("c.png").read_bytes()
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "unipc", "euler", "euler-ancestral", "lcm"])
+def test_schedulers(moebius, folder, model, scheduler, monkeypatch):
+    used = []
+    call = MoebiusInpaintPipeline.__call__
+
+    def spy(self, **kwargs):
+        used.append(type(self.scheduler).__name__.lower())
+        return call(self, **kwargs)
+
+    monkeypatch.setattr(MoebiusInpaintPipeline, "__call__", spy)
+    arguments = ("--model", model, "--steps", 3, "--scheduler", scheduler)
+    code, out, err = moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", *arguments)
+    assert (code, out, err) == (0, ["out.png"], [])
+    assert used[0].startswith(scheduler.replace("-", ""))
+
+
+def test_options_reach_the_pipeline(moebius, folder, model, monkeypatch):
+    calls = []
+
+    def record(self, **kwargs):
+        calls.append(kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MoebiusInpaintPipeline, "__call__", record)
+    moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model)
+    defaults = {key: calls[0][key] for key in calls[0].keys() - {"image", "mask_image", "generator"}}
+    assert defaults == {
+        "num_inference_steps": 20,
+        "guidance_scale": None,
+        "strength": 0.99,
+        "padding_mask_crop": 64,
+        "mask_dilation": 0,
+        "paste": "exact",
+        "color_compensation": False,
+    }
+    options = "--steps 7 --guidance 1.5 --strength 0.5 --no-crop --mask-dilation 3 --paste none --color-compensation"
+    moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model, "--seed", 5, *options.split())
+    assert {key: calls[1][key] for key in defaults} == {
+        "num_inference_steps": 7,
+        "guidance_scale": 1.5,
+        "strength": 0.5,
+        "padding_mask_crop": None,
+        "mask_dilation": 3,
+        "paste": None,
+        "color_compensation": True,
+    }
+    assert calls[1]["generator"].initial_seed() == 5
+
+
+def test_default_model_is_named_with_the_way_to_full_quality(moebius, folder, model, monkeypatch):
+    monkeypatch.setattr(diffusers_moebius, "bundled_checkpoint", {"nano": model}.__getitem__, raising=False)
+    code, out, err = moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--steps", 2)
+    assert (code, out) == (0, ["out.png"])
+    assert len(err) == 1 and "'nano'" in err[0] and "--model hustvl/Moebius" in err[0]
+
+
+def test_preview_shows_photo_mask_and_result(moebius, folder, model):
+    arguments = ("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model, "--steps", 2, "--preview")
+    assert moebius(*arguments)[:2] == (0, ["out.png", "out.png.preview.png"])
+    preview = Image.open("out.png.preview.png")
+    assert preview.size == (3 * SIZE[0], SIZE[1])
+    parts = [Image.open("photo.png"), make_mask().convert("RGB"), Image.open("out.png")]
+    for column, part in enumerate(parts):
+        box = (column * SIZE[0], 0, (column + 1) * SIZE[0], SIZE[1])
+        assert np.array_equal(preview.crop(box), part)
+    Path("out.png").unlink()
+    code, _, err = moebius(*arguments)
+    assert code == 2 and "preview.png exists already" in err[0]
+
+
+def test_existing_output_is_only_replaced_on_request(moebius, folder, model):
+    Path("out.png").write_bytes(b"precious")
+    arguments = ("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model, "--steps", 2)
+    code, _, err = moebius(*arguments)
+    assert code == 2 and len(err) == 1 and "out.png exists already" in err[0]
+    assert Path("out.png").read_bytes() == b"precious"
+    assert moebius(*arguments, "--overwrite")[0] == 0
+    assert Image.open("out.png").size == SIZE
+
+
+def test_output_in_a_folder_has_the_name_of_the_photo(moebius, folder, model):
+    Path("results").mkdir()
+    out = moebius("inpaint", "photo.png", "mask.png", "-o", "results", "--model", model, "--steps", 2)[1]
+    assert out == [os.path.join("results", "photo.png")]
+
+
+@pytest.mark.parametrize("grey", ["soft edge", "alpha"])
+def test_grey_masks_need_a_threshold(moebius, folder, model, grey):
+    soft = make_mask()
+    soft.putpixel((HOLE[0] - 1, HOLE[1]), 100)
+    if grey == "alpha":
+        alpha, soft = soft, Image.new("RGBA", SIZE)
+        soft.putalpha(alpha)
+    soft.save("soft.png")
+    arguments = ("inpaint", "photo.png", "soft.png", "-o", "out.png", "--model", model, "--steps", 2)
+    code, out, err = moebius(*arguments)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "soft.png" in err[0] and "`mask_image`" in err[0] and "--mask-threshold 0.5" in err[0]
+    assert moebius(*arguments, "--mask-threshold", 0.5)[0] == 0
+    assert np.array_equal(outside(Image.open("out.png")), outside(Image.open("photo.png")))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("inpaint photo.png mask.png", "--output"),
+        ("inpaint photo.png -o out.png", "MASK"),
+        ("inpaint missing.png mask.png -o out.png", "PHOTO missing.png"),
+        ("inpaint photo.png missing.png -o out.png", "MASK missing.png"),
+        ("inpaint photo.png mask.png -o missing/out.png", "missing"),
+        ("inpaint photo.png mask.png -o out.unknown", ".unknown"),
+        ("inpaint photo.png mask.png -o out.png --setps 3", "--setps"),
+        ("inpaint photo.png mask.png -o out.png --steps -3", "--steps"),
+        ("inpaint photo.png mask.png -o out.png --steps 0", "--steps"),
+        ("inpaint photo.png mask.png -o out.png --steps many", "--steps"),
+        ("inpaint photo.png mask.png -o out.png --strength 0", "--strength 0"),
+        ("inpaint photo.png mask.png -o out.png --strength 1.5", "--strength 1.5"),
+        ("inpaint photo.png mask.png -o out.png --strength nan", "--strength nan"),
+        ("inpaint photo.png mask.png -o out.png --crop-margin -1", "--crop-margin"),
+        ("inpaint photo.png mask.png -o out.png --mask-threshold 2", "--mask-threshold"),
+        ("inpaint photo.png mask.png -o out.png --guidance nan --model MODEL", "guidance_scale nan"),
+        ("inpaint photo.png mask.png -o out.png --seed -1", "--seed"),
+        ("inpaint photo.png mask.png -o out.png --scheduler magic", "--scheduler magic"),
+        ("inpaint photo.png mask.png -o out.png --dtype int8", "--dtype int8"),
+        ("inpaint photo.png mask.png -o out.png --device toaster --model MODEL", "--device toaster"),
+        ("inpaint photo.png mask.png -o out.png --device cuda:99 --model MODEL", "--device cuda:99"),
+        ("inpaint photo.png mask.png -o out.png --paste thick", "--paste thick"),
+        ("inpaint photo.png mask.png -o out.png --checkpoint ft_places2", "--checkpoint nano"),
+        ("inpaint photo.png mask.png -o out.png --checkpoint none --model MODEL", "checkpoint none"),
+        ("inpaint photo.png mask.png -o out.png --model no/such/model", "no/such/model"),
+        ("inpaint photo.png mask.png -o out.png --model .", "model_index.json"),
+        ("info no/such/model", "no/such/model"),
+        ("convert missing.bin target", "SOURCE missing.bin"),
+        ("convert photo.png target", "photo.png"),
+        ("paint", "paint"),
+        ("--what", "--what"),
+    ],
+)
+def test_bad_arguments_are_one_line(moebius, folder, model, arguments, words):
+    code, out, err = moebius(*(model if word == "MODEL" else word for word in arguments.split()))
+    assert (code, out) == (2, [])
+    errors = [line for line in err if not line.startswith("moebius: using the small model")]
+    assert len(errors) == 1 and errors[0].startswith("moebius: error: ")
+    for word in words.split():
+        assert word in errors[0]
+    assert sorted(os.listdir()) == ["mask.png", "photo.png"]
+
+
+def make_bad_files():
+    """Photos and masks that cannot be used; each entry is a photo, a mask and what the error names."""
+    make_photo().save("whole.jpg")
+    Path("truncated.jpg").write_bytes(Path("whole.jpg").read_bytes()[:-900])
+    Path("text.png").write_text("Dear diary")
+    Path("empty.png").touch()
+    make_photo(size=(1, 1)).save("dot.png")
+    make_mask((1, 1), (0, 0, 1, 1)).save("dot_mask.png")
+    make_photo(size=(20_000, 10)).save("line.png")
+    make_mask((20_000, 10)).save("line_mask.png")
+    make_photo("RGBA").save("glass.png")
+    make_mask((SIZE[1], SIZE[0])).save("turned_mask.png")
+    make_mask((200, 200)).save("bomb.png")
+    Path("folder").mkdir()
+
+
+@pytest.mark.parametrize(
+    "photo, mask, output, words",
+    [
+        ("text.png", "mask.png", "out.png", "text.png"),
+        ("photo.png", "text.png", "out.png", "text.png"),
+        ("empty.png", "mask.png", "out.png", "empty.png"),
+        ("truncated.jpg", "mask.png", "out.png", "truncated.jpg"),
+        ("photo.png", "truncated.jpg", "out.png", "truncated.jpg"),
+        ("dot.png", "dot_mask.png", "out.png", "1×1 16"),
+        ("line.png", "line_mask.png", "out.png", "20000×10 16"),
+        ("photo.png", "turned_mask.png", "out.png", "turned_mask.png 56×72 72×56"),
+        ("photo.png", "folder", "out.png", "MASK folder"),
+        ("folder", "mask.png", "out", "PHOTO folder"),
+        ("glass.png", "mask.png", "out.jpg", "RGBA out.jpg JPEG"),
+        ("bomb.png", "mask.png", "out.png", "bomb.png pixels"),
+    ],
+)
+def test_bad_files_are_one_line(moebius, folder, model, monkeypatch, photo, mask, output, words):
+    make_bad_files()
+    if "bomb.png" in (photo, mask):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    before = sorted(os.listdir())
+    code, out, err = moebius("inpaint", photo, mask, "-o", output, "--model", model, "--steps", 2)
+    assert (code, out, len(err)) == (2, [], 1)
+    for word in words.split():
+        assert word in err[0]
+    assert sorted(os.listdir()) == before
+
+
+@pytest.fixture
+def photo_folders(folder):
+    """`photos/` with three photos, one that is text, one without a mask and one with two, and `masks/`."""
+    for name in ("photos", "masks"):
+        Path(name).mkdir()
+    for seed, name in enumerate(("a.png", "b.jpg", "c.webp", "lonely.png", "double.png")):
+        make_photo(seed=seed).save(Path("photos") / name)
+    Path("photos/broken.png").write_text("Dear diary")
+    Path("photos/notes.txt").write_text("not a photo")
+    Path("photos/.hidden.png").write_text("a thumbnail of some other program")
+    for name in ("a.png", "b.png", "c.png", "broken.png", "double.gif", "double.tif"):
+        make_mask().save(Path("masks") / name)
+    # The name itself decides before the stem does.
+    make_mask(hole=(0, 0, 8, 8)).save("masks/a.tif")
+    return folder
+
+
+def test_folders(moebius, photo_folders, model):
+    arguments = ("inpaint", "photos", "masks", "-o", "results", "--model", model, "--steps", 2)
+    code, out, err = moebius(*arguments)
+    written = ["a.png", "b.jpg", "c.webp"]
+    assert code == 1
+    assert [Path(line).name for line in out] == written == sorted(os.listdir("results"))
+    assert len(err) == 4 and "3 of" in err[-1]
+    for name, line in zip(("broken.png", "double.png", "lonely.png"), err, strict=False):
+        assert line.startswith("moebius: error: ") and name in line
+    assert np.array_equal(outside(Image.open("photos/a.png")), outside(Image.open("results/a.png")))
+
+    Path("results/b.jpg").unlink()
+    old = Path("results/a.png").stat().st_mtime_ns
+    code, out, err = moebius(*arguments)
+    assert code == 1 and [Path(line).name for line in out] == ["b.jpg"]
+    assert "2 outputs exist already" in err[0]
+    assert Path("results/a.png").stat().st_mtime_ns == old
+    assert len(moebius(*arguments, "--overwrite")[1]) == 3
+    assert Path("results/a.png").stat().st_mtime_ns > old
+
+
+def test_one_mask_for_a_folder_and_no_failure(moebius, photo_folders, model):
+    for name in ("broken.png", "b.jpg", "double.png", "lonely.png"):
+        Path("photos", name).unlink()
+    code, out, err = moebius("inpaint", "photos", "mask.png", "-o", "results", "--model", model, "--steps", 2)
+    assert (code, err) == (0, [])
+    assert [Path(line).name for line in out] == ["a.png", "c.webp"]
+
+
+def test_photos_of_a_folder_do_not_depend_on_each_other(moebius, photo_folders, model):
+    moebius("inpaint", "photos", "masks", "-o", "results", "--model", model, "--steps", 2)
+    moebius("inpaint", "photos/c.webp", "masks/c.png", "-o", "alone.webp", "--model", model, "--steps", 2)
+    assert Path("results/c.webp").read_bytes() == Path("alone.webp").read_bytes()
+
+
+@pytest.mark.parametrize("output, words", [("photos", "another folder"), ("mask.png", "must be a folder")])
+def test_output_of_a_folder_is_another_folder(moebius, photo_folders, model, output, words):
+    code, out, err = moebius("inpaint", "photos", "masks", "-o", output, "--model", model, "--overwrite")
+    assert (code, out, len(err)) == (2, [], 1) and words in err[0]
+
+
+def test_interruption_leaves_nothing(moebius, folder, model, monkeypatch):
+    def interrupted(self, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MoebiusInpaintPipeline, "__call__", interrupted)
+    assert moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model) == (130, [], [])
+    assert sorted(os.listdir()) == ["mask.png", "photo.png"]
+
+
+def test_memory_that_does_not_suffice_is_one_line(moebius, folder, model, monkeypatch):
+    import torch
+
+    def exhausted(self, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(MoebiusInpaintPipeline, "__call__", exhausted)
+    code, _, err = moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model)
+    assert code == 2 and len(err) == 1 and "photo.png" in err[0] and "memory" in err[0]
+
+
+def test_unexpected_errors_keep_their_traceback(folder, model, monkeypatch):
+    def broken(self, **kwargs):
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(MoebiusInpaintPipeline, "__call__", broken)
+    with pytest.raises(AssertionError, match="a bug"):
+        main(["inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model])
+
+
+def test_convert_and_info(moebius, folder, parity_dir):
+    source, vae = parity_dir / "student_tiny.safetensors", parity_dir / "vae_tiny"
+    config = parity_dir / "student_tiny.json"
+    arguments = ("convert", source, "converted", "--config", config, "--vae", vae)
+    assert moebius(*arguments) == (0, [str(folder / "converted")], [])
+    code, out, err = moebius(*arguments)
+    assert (code, out, len(err)) == (2, [], 1) and "`target`" in err[0]
+    assert moebius(*arguments, "--overwrite")[0] == 0
+
+    code, out, err = moebius("info", "converted", "--json")
+    description = json.loads("\n".join(out))
+    assert (code, err) == (0, [])
+    assert set(description["components"]) == {"unet", "vae", "lcg_embedder"}
+    assert description["parameters"] == sum(part["parameters"] for part in description["components"].values())
+    weights = sum(path.stat().st_size for path in Path("converted").rglob("*.safetensors"))
+    assert description["bytes"] == pytest.approx(weights, rel=0.2)  # the files have headers
+    assert description["scheduler"]["class"] == "DDIMScheduler"
+    assert description["native_size"] == 128
+    assert description["multiply_adds"]["guided_step"] == 2 * description["multiply_adds"]["unet_evaluation"] > 0
+
+    code, out, err = moebius("info", "converted")
+    assert (code, err) == (0, [])
+    for part in description["components"].values():
+        assert any(part["class"] in line and f"{part['parameters']:,}" in line for line in out)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
+def test_help_shows_the_commands(moebius, arguments):
+    code, out, err = moebius(*arguments)
+    assert (code, err) == (0, [])
+    assert all(any(line.strip().startswith(command) for line in out) for command in ("inpaint", "convert", "info"))
+
+
+@pytest.mark.parametrize("command", ["inpaint", "convert", "info"])
+def test_help_shows_an_example(moebius, command):
+    code, out, _ = moebius(command, "--help")
+    assert code == 0
+    assert any(line.strip().startswith(f"moebius {command} ") for line in out)
+
+
+def test_version(moebius):
+    assert moebius("--version") == (0, [f"moebius {diffusers_moebius.__version__}"], [])
+
+
+def test_closed_pipe_ends_quietly():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffusers_moebius", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 130
+
+
+def test_unreachable_hub_is_one_line(folder, tmp_path):
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "diffusers_moebius",
+            "inpaint",
+            "photo.png",
+            "mask.png",
+            "-o",
+            "o.png",
+            "--model",
+            "a/b",
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (process.returncode, process.stdout) == (2, "")
+    assert len(process.stderr.splitlines()) == 1
+    assert process.stderr.startswith("moebius: error: The model a/b cannot be loaded")
+    assert sorted(os.listdir()) == ["mask.png", "photo.png"]
