@@ -4,11 +4,11 @@ from setuptools import find_packages, setup
 
 CORE = [
     "torch>=2.6",
-    "diffusers>=0.36",
+    "diffusers>=0.42",
     "transformers>=4.48",
     "accelerate>=1.2",
     "safetensors>=0.4.5",
-    "huggingface_hub>=0.27",
+    "huggingface_hub>=1.32",
     "peft>=0.17",
     "numpy>=1.26",
     "pillow>=10.3",

@@ -3,7 +3,8 @@
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +22,14 @@ from huggingface_hub import (
     try_to_load_from_cache,
     upload_folder,
 )
-from huggingface_hub.utils import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, httpx
+from huggingface_hub.utils import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    httpx,
+    validate_repo_id,
+)
 
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
@@ -72,8 +80,16 @@ class ModelSource:
             paths = [*root.glob("*"), *root.glob("*/*")]
             self.files = {path.relative_to(root).as_posix() for path in paths if path.is_file()}
             return
-        if os.path.exists(self.location) or self.location.count("/") > 1:
-            raise ValueError(f"`{argument}` must be a folder or the id of a repository, but is {self.location}.")
+        try:
+            validate_repo_id(self.location)
+        except HFValidationError as error:
+            raise ValueError(
+                f"`{argument}` must be a folder or the id of a repository, but is {self.location}."
+            ) from error
+        if os.path.exists(self.location):
+            raise ValueError(
+                f"`{argument}` must be a folder or the id of a repository, but {self.location} is a file."
+            )
         if not hub_kwargs.get("local_files_only"):
             names = ("revision", "token")
             try:
@@ -98,15 +114,24 @@ class ModelSource:
         """The local path of a file, downloaded if need be."""
         if os.path.isdir(self.location):
             return os.path.join(self.location, name)
-        return hf_hub_download(self.location, name, **self.hub_kwargs)
+        with self.download():
+            return hf_hub_download(self.location, name, **self.hub_kwargs)
 
     def snapshot(self, folder: str) -> str:
         """The local path of a folder with all that it holds, downloaded if need be."""
         if os.path.isdir(self.location):
             return os.path.join(self.location, folder)
-        return os.path.join(
-            snapshot_download(self.location, allow_patterns=f"{folder}/*", **self.hub_kwargs), *folder.split("/")
-        )
+        with self.download():
+            root = snapshot_download(self.location, allow_patterns=f"{folder}/*", **self.hub_kwargs)
+        return os.path.join(root, *folder.split("/"))
+
+    @contextmanager
+    def download(self) -> Iterator[None]:
+        """Makes an `OSError`, as for all else that is not there, of a connection that breaks."""
+        try:
+            yield
+        except httpx.TransportError as error:
+            raise OSError(f"The download of `{self.argument}` {self.location} failed: {_summary(error)}") from error
 
     def kwargs_elsewhere(self) -> dict[str, Any]:
         """The hub arguments that also hold for another repository."""
@@ -175,14 +200,15 @@ def load_vae(
         variant, variants = None, plain
     # Naming the kind of file that is there saves a request for the other, and a warning about its absence.
     kind = next((name.endswith(".safetensors") for name in variants if folder + name in source.files), use_safetensors)
-    return vae_class.from_pretrained(
-        source.location,
-        torch_dtype=component_dtype(dtype, "vae"),
-        variant=variant,
-        use_safetensors=kind,
-        **subfolder,
-        **source.hub_kwargs,
-    )
+    with source.download():
+        return vae_class.from_pretrained(
+            source.location,
+            torch_dtype=component_dtype(dtype, "vae"),
+            variant=variant,
+            use_safetensors=kind,
+            **subfolder,
+            **source.hub_kwargs,
+        )
 
 
 class MoebiusLoaderMixin:
@@ -256,7 +282,8 @@ class MoebiusLoaderMixin:
             vae_kwargs = {name: kwargs.get(name) for name in ("variant", "use_safetensors")}
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
             kwargs["vae"] = load_vae(vae, dtype, **vae_kwargs, **source.kwargs_elsewhere())
-        return super().from_pretrained(location, **kwargs)
+        with source.download():
+            return super().from_pretrained(location, **kwargs)
 
     @classmethod
     def _from_release(cls, source: ModelSource, folder: str, vae, config, **kwargs):
@@ -351,7 +378,7 @@ class MoebiusLoaderMixin:
         path = folder / self.config_name
         index = json.loads(path.read_text(encoding="utf-8"))
         for name, value in index.items():
-            if isinstance(value, list) and is_ours(value[0]):
+            if isinstance(value, list) and isinstance(value[0], str) and is_ours(value[0]):
                 module = value[0]
                 value[0] = module_stem(module)
                 _write(folder / name / f"{value[0]}.py", self_contained_source(module))

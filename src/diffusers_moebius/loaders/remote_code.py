@@ -16,9 +16,9 @@ from typing import Any
 _PACKAGE = __name__.partition(".")[0]  # also where this code has itself travelled in a saved pipeline
 
 
-def is_ours(module_name: str | None) -> bool:
+def is_ours(module_name: str) -> bool:
     """Whether a module belongs to this package."""
-    return module_name is not None and module_name.partition(".")[0] == _PACKAGE
+    return module_name.partition(".")[0] == _PACKAGE
 
 
 def module_stem(module_name: str) -> str:
