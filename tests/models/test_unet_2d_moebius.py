@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from safetensors.torch import load_file
+from torch import nn
 
 from diffusers_moebius.models.unet_2d_moebius import (
     FastLocalLambdaProcessor,
@@ -12,6 +14,8 @@ from diffusers_moebius.models.unet_2d_moebius import (
     LocalLambda,
     LocalLambdaProcessor,
     MoebiusUNet2DModel,
+    MoebiusUpsample2D,
+    SmallGridUpsample2D,
 )
 
 TINY = {
@@ -340,3 +344,56 @@ def test_wrong_shapes_are_named(tiny_unet, sample, context, name):
 def test_unknown_lambda_algorithm_is_named(tiny_unet):
     with pytest.raises(ValueError, match="`algorithm`"):
         tiny_unet.set_lambda_algorithm("quick")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 8), (16, 3)])
+def test_upsampling_on_the_small_grid_is_exact(size):
+    torch.manual_seed(0)
+    layer = MoebiusUpsample2D(6)
+    hidden_states = torch.randn(2, 6, *size)
+    with torch.no_grad():
+        assert relative_error(SmallGridUpsample2D(layer.conv)(hidden_states), layer(hidden_states)) < 1e-5
+
+
+def test_fused_model_has_the_same_function_and_no_batch_norm(tiny_unet):
+    model = randomize_statistics(tiny_unet)
+    inputs = [random_inputs(16, 16), random_inputs(12, 20, batch=1)]
+    with torch.no_grad():
+        expected = [model(*each).sample for each in inputs]
+        model.fuse_for_inference()
+        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        for each, sample in zip(inputs, expected, strict=True):
+            assert relative_error(model(*each).sample, sample) < 1e-5
+        model.fuse_for_inference()  # a second time changes nothing
+        assert relative_error(model(*inputs[0]).sample, expected[0]) < 1e-5
+
+
+def test_model_in_train_mode_is_refused(tiny_unet):
+    with pytest.raises(ValueError, match="train mode"):
+        tiny_unet.train().fuse_for_inference()
+
+
+def test_fused_model_cannot_be_saved(tiny_unet, tmp_path):
+    tiny_unet.fuse_for_inference()
+    with pytest.raises(ValueError, match="fused"):
+        tiny_unet.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def with_adapter(model):
+    torch.manual_seed(1)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "point_conv.conv"], init_lora_weights=False))
+    return model.eval()
+
+
+def test_active_adapters_are_refused_and_fused_ones_stay(tiny_unet):
+    model = with_adapter(randomize_statistics(tiny_unet))
+    inputs = random_inputs()
+    with torch.no_grad():
+        expected = model(*inputs).sample
+        with pytest.raises(ValueError, match="LoRA"):
+            model.fuse_for_inference()
+        assert torch.equal(model(*inputs).sample, expected)  # nothing has been touched
+        model.fuse_lora()
+        model.fuse_for_inference()
+        assert relative_error(model(*inputs).sample, expected) < 1e-5

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_moebius.models.unet_2d_moebius import (
+from diffusers_moebius.models.linear_attention import (
     ChunkedGatedLinearAttentionProcessor,
     FlashGatedLinearAttentionProcessor,
     GatedLinearAttention,

@@ -823,3 +823,16 @@ class TestBadInput:
         monkeypatch.setattr(smallest_pipe, "encode_image", lambda *args: pytest.fail("the picture was encoded"))
         with pytest.raises(ValueError, match=f"`{name}`"):
             smallest_pipe(**{"image": photo(), "mask_image": hole(), **options})
+
+
+def test_prepared_pipeline_gives_the_same_picture_and_cannot_be_saved(tiny_pipeline, tmp_path):
+    image = Image.new("RGB", (64, 64), "teal")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:44, 20:44] = 255
+    call = {"image": image, "mask_image": mask, "num_inference_steps": 3}
+    expected = tiny_pipeline(**call, generator=torch.manual_seed(0)).images[0]
+    assert tiny_pipeline.prepare_for_inference() is tiny_pipeline
+    result = tiny_pipeline(**call, generator=torch.manual_seed(0)).images[0]
+    assert np.abs(np.asarray(result, int) - np.asarray(expected, int)).max() <= 1
+    with pytest.raises(ValueError, match="fused"):
+        tiny_pipeline.save_pretrained(tmp_path / "folder")

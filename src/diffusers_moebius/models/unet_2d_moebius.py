@@ -2,7 +2,6 @@
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,10 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from .linear_attention import GatedLinearAttention, ProcessedAttention
 
 SELF_ATTENTION_TYPES = ("local_lambda", "gla")
 CROSS_ATTENTION_TYPES = ("interactive_lambda", "softmax")
@@ -106,23 +108,6 @@ class LocalPositionConv(nn.Conv3d):
         return self.weight[:, 0, 0], self.bias.view(-1)
 
 
-class ProcessedAttention(nn.Module):
-    """A layer whose algorithm is a processor of one of its `processor_types`."""
-
-    processor_types: tuple[type, ...] = ()
-
-    def get_processor(self):
-        return self.processor
-
-    def set_processor(self, processor) -> None:
-        if not isinstance(processor, self.processor_types):
-            allowed = ", ".join(cls.__name__ for cls in self.processor_types)
-            raise ValueError(
-                f"`processor` of {type(self).__name__} must be one of {allowed}, but is {type(processor).__name__}."
-            )
-        self.processor = processor
-
-
 class LambdaLayer(ProcessedAttention):
     """What both lambda layers share: `h` heads of queries that read one linear map of `k` keys and `v` values."""
 
@@ -163,11 +148,13 @@ class FastLocalLambdaProcessor:
     `x`-th position `x` columns to the right. The outer sum is then one matrix product with the neighbourhood's values.
 
     Args:
-        tile_width (`int`, defaults to 16): Positions in a tile; rows up to twice as wide are one tile.
-        max_elements (`int`, defaults to 2**24): Rows are worked on in groups that keep the product below this size.
+        tile_width (`int`, defaults to 8): Positions in a tile; rows up to twice as wide are one tile. Narrow tiles
+            compute fewer zeros, wide ones make larger products.
+        max_elements (`int`, *optional*): Rows are worked on in groups that keep the product below so many elements. By
+            default 2**19 on the CPU, where it then stays in the cache, and 2**26 elsewhere.
     """
 
-    def __init__(self, tile_width: int = 16, max_elements: int = 2**24):
+    def __init__(self, tile_width: int = 8, max_elements: int | None = None):
         self.tile_width = tile_width
         self.max_elements = max_elements
 
@@ -195,7 +182,8 @@ class FastLocalLambdaProcessor:
         # A single tile sees the whole row: the columns outside of the picture are zero and are left out.
         columns = (0, 0) if single else (radius, radius + right)
         value = F.pad(value.unflatten(-1, (height, width)), (*columns, radius, radius)).permute(0, 2, 3, 1)
-        rows = max(1, self.max_elements // (batch * tiles * heads * tile * window * span))
+        max_elements = self.max_elements or (2**19 if query.device.type == "cpu" else 2**26)
+        rows = max(1, max_elements // (batch * tiles * heads * tile * window * span))
         output = []
         for top in range(0, height, rows):
             query_rows = query[:, top : top + rows]
@@ -377,153 +365,6 @@ class MixFeedForward(nn.Module):
         return self.point_conv(hidden_states * F.silu(gate))
 
 
-class GatedLinearAttentionProcessor:
-    """Gated linear attention as the literal recurrence over the positions in raster order (reference; slow)."""
-
-    def __call__(self, attn: "GatedLinearAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        query, key, value, log_decay = attn.project(hidden_states)  # [B, h, n, d_k] or [B, h, n, d_v]
-        decay = log_decay.exp()
-        state = value.new_zeros(*value.shape[:2], key.shape[-1], value.shape[-1])
-        output = []
-        for t in range(value.shape[2]):
-            state = decay[:, :, t, :, None] * state + key[:, :, t, :, None] * value[:, :, t, None, :]
-            output.append((query[:, :, t, None, :] @ state)[:, :, 0])
-        return attn.gate_output(torch.stack(output, 2), hidden_states)
-
-
-class ChunkedGatedLinearAttentionProcessor:
-    """
-    Gated linear attention by chunks: matrix products within a chunk, a recurrence from chunk to chunk.
-
-    Within a chunk the decay from position s to t is split into `exp(G_t - G_mid) exp(G_mid - G_s)`, G being the sum of
-    the logarithms. So that neither factor leaves the range of float32, one step decays to `exp(-max_log_decay)` at
-    least; a step that forgets more than that, to below 2e-5, is not told from it.
-
-    Args:
-        chunk_size (`int`, defaults to 16): Positions in a chunk.
-        max_log_decay (`float`, defaults to 11): Largest decay of a step; with half a chunk of such steps the factors
-            must stay below `exp(88)`.
-    """
-
-    def __init__(self, chunk_size: int = 16, max_log_decay: float = 11.0):
-        if chunk_size < 1 or chunk_size * max_log_decay > 2 * 88:
-            raise ValueError(
-                f"`chunk_size` times `max_log_decay` must be at most 176, but is {chunk_size} * {max_log_decay}."
-            )
-        self.chunk_size = chunk_size
-        self.max_log_decay = max_log_decay
-
-    def __call__(self, attn: "GatedLinearAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        length, size = hidden_states.shape[1], self.chunk_size
-        padding = (0, 0, 0, -length % size)
-        query, key, value, log_decay = (
-            F.pad(tensor, padding).unflatten(2, (-1, size)) for tensor in attn.project(hidden_states)
-        )  # [B, h, chunks, size, d_k] or [..., d_v]
-        total = log_decay.clamp(min=-self.max_log_decay).cumsum(-2)
-        last, middle = total[..., -1:, :], total[..., size // 2, None, :]
-
-        scores = (query * (total - middle).exp()) @ (key * (middle - total).exp()).transpose(-1, -2)
-        output = scores.tril() @ value
-        updates = (key * (last - total).exp()).transpose(-1, -2) @ value  # [B, h, chunks, d_k, d_v]
-        decays = last.exp().transpose(-1, -2)  # [B, h, chunks, d_k, 1]
-        state = torch.zeros_like(updates[:, :, 0])
-        states = []
-        for decay, update in zip(decays.unbind(2), updates.unbind(2), strict=True):
-            states.append(state)  # as the chunk finds it
-            state = torch.addcmul(update, decay, state)
-        output = output + (query * total.exp()) @ torch.stack(states, 2)
-        return attn.gate_output(output.flatten(2, 3)[:, :, :length], hidden_states)
-
-
-class FlashGatedLinearAttentionProcessor:
-    """Gated linear attention by the Triton kernel of flash-linear-attention; needs that package and CUDA tensors."""
-
-    def __init__(self):
-        try:
-            # Not an import statement, or diffusers would warn at each load of saved code that it is missing.
-            chunk_gla = import_module("fla.ops.gla").chunk_gla
-        except ImportError as error:
-            raise ImportError(
-                "FlashGatedLinearAttentionProcessor needs the package flash-linear-attention"
-                " (`pip install flash-linear-attention`)."
-            ) from error
-        self.chunk_gla = chunk_gla
-
-    def __call__(self, attn: "GatedLinearAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.device.type != "cuda":
-            raise ValueError(f"`hidden_states` must be on CUDA for this processor, but is on {hidden_states.device}.")
-        query, key, value, log_decay = (tensor.transpose(1, 2) for tensor in attn.project(hidden_states))
-        output, _ = self.chunk_gla(query, key, value, log_decay, scale=1.0)  # [B, n, h, d_v]
-        return attn.gate_output(output.transpose(1, 2), hidden_states)
-
-
-class GatedLinearAttention(ProcessedAttention):
-    """
-    Gated linear attention, causal in raster order (arXiv 2312.06635), as PixelHacker uses it for self-attention.
-
-    `S_t = diag(a_t) S_(t-1) + k_t v_t^T` and `o_t = S_t^T q_t / sqrt(d_k)` for each head, the state in float32, then
-    RMSNorm per head and a swish gate. Key and query are half as wide as the value.
-
-    Args:
-        dim (`int`): Width `C` of input and output.
-        num_heads (`int`): Number of heads.
-        gate_low_rank_dim (`int`, defaults to 16): Rank of the decay's projection.
-        gate_logit_normalizer (`float`, defaults to 16): Divides the decay's logarithm.
-        processor: [`ChunkedGatedLinearAttentionProcessor`] (default), [`GatedLinearAttentionProcessor`] or
-            [`FlashGatedLinearAttentionProcessor`].
-    """
-
-    processor_types = (
-        GatedLinearAttentionProcessor,
-        ChunkedGatedLinearAttentionProcessor,
-        FlashGatedLinearAttentionProcessor,
-    )
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        gate_low_rank_dim: int = 16,
-        gate_logit_normalizer: float = 16,
-        processor=None,
-    ):
-        super().__init__()
-        if dim % (2 * num_heads):
-            raise ValueError(f"`num_attention_heads` must divide half of every width, but is {num_heads} for {dim}.")
-        self.num_heads = num_heads
-        self.gate_logit_normalizer = gate_logit_normalizer
-        self.q_proj = nn.Linear(dim, dim // 2, bias=False)
-        self.k_proj = nn.Linear(dim, dim // 2, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.g_proj = nn.Linear(dim, dim, bias=False)
-        self.gk_proj = nn.Sequential(
-            nn.Linear(dim, gate_low_rank_dim, bias=False), nn.Linear(gate_low_rank_dim, dim // 2)
-        )
-        self.g_norm_swish_gate = nn.RMSNorm(dim // num_heads, eps=1e-6)
-        self.o_proj = nn.Linear(dim, dim, bias=False)
-        self.set_processor(processor or ChunkedGatedLinearAttentionProcessor())
-
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Query (scaled), key, value and logarithm of the decay, each `[B, h, n, d]` in float32 or better."""
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-
-        def split(tensor):
-            return tensor.to(dtype).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-        query = split(self.q_proj(hidden_states))
-        log_decay = F.logsigmoid(split(self.gk_proj(hidden_states))) / self.gate_logit_normalizer
-        key, value = split(self.k_proj(hidden_states)), split(self.v_proj(hidden_states))
-        return query * query.shape[-1] ** -0.5, key, value, log_decay
-
-    def gate_output(self, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalises `[B, h, n, d_v]` per head, applies the swish gate and projects to `[B, n, C]`."""
-        output = self.g_norm_swish_gate(output.transpose(1, 2).to(hidden_states.dtype)).flatten(2)
-        return self.o_proj(output * F.silu(self.g_proj(hidden_states)))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)
-
-
 def to_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, n, C]
 
@@ -630,6 +471,37 @@ class MoebiusUpsample2D(nn.Module):
         return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
 
 
+class SmallGridUpsample2D(nn.Module):
+    """
+    Nearest-neighbour enlargement by 2 and a 3x3 convolution, as four 2x2 convolutions on the small grid.
+
+    Of the three rows that a filter sees on the large grid two are copies of one row of the small grid, so that their
+    weights add up, and likewise for columns: 16 instead of 36 products for each channel and small position.
+
+    Args:
+        conv (`torch.nn.Conv2d`): The 3x3 convolution that follows the enlargement, with padding 1.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        # An even output sees the rows (i - 1, i), an odd one (i, i + 1).
+        sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
+        weights = torch.einsum("aur,bvc,oirc->aboiuv", sums, sums, conv.weight.detach().double().cpu())
+        weights = weights.flatten(0, 1).to(conv.weight)  # [4, out, in, 2, 2]
+        self.weights = nn.ParameterList(nn.Parameter(weight.contiguous(), requires_grad=False) for weight in weights)
+        self.bias = conv.bias
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        height, width = hidden_states.shape[2:]
+        padded = F.pad(hidden_states, (1, 1, 1, 1))
+        parts = [
+            F.conv2d(padded[:, :, a : a + height + 1, b : b + width + 1], self.weights[2 * a + b], self.bias)
+            for a in (0, 1)
+            for b in (0, 1)
+        ]
+        return F.pixel_shuffle(torch.stack(parts, 2).flatten(1, 2), 2)  # [B, out, 2 H, 2 W]
+
+
 class MoebiusDownBlock2D(nn.Module):
     """Residual blocks, each followed by a transformer, then an optional downsampling."""
 
@@ -706,6 +578,24 @@ def checkpoint_block(block: nn.Module, *args):
     # The recomputation in the backward pass would count the batch twice in BatchNorm's running statistics.
     contexts = (lambda: (nullcontext(), frozen_batch_statistics(block))) if block.training else noop_context_fn
     return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+
+
+def remove_fused_adapters(model: nn.Module) -> None:
+    """Puts the layers themselves in the place of LoRA layers that have been fused into them."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:  # without peft there are no adapters
+        return
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, layer in layers:
+        if layer.active_adapters and not layer.disable_adapters and not layer.merged:
+            raise ValueError(
+                f"LoRA adapters are active on `{name}` and not fused: call `fuse_lora()` or `unload_lora_weights()`"
+                " first."
+            )
+    for name, layer in layers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
 class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -838,6 +728,7 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
         self.conv_out = make_conv(conv_type, block_out_channels[0], out_channels)
         self.gradient_checkpointing = False
+        self.is_fused = False
 
     def to(self, *args, **kwargs):
         """As [`~ModelMixin.to`]; a `memory_format` applies to the convolutions, whatever the rank of other weights."""
@@ -849,9 +740,43 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                     nn.Module.to(module, memory_format=memory_format)
         return model
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As [`~ModelMixin.save_pretrained`]; refused once `fuse_for_inference` has changed the weights."""
+        if self.is_fused:
+            raise ValueError("This model has been fused for inference and cannot be saved; load it again to save it.")
+        super().save_pretrained(*args, **kwargs)
+
     def enable_gradient_checkpointing(self, gradient_checkpointing_func=None) -> None:
         """As [`~ModelMixin.enable_gradient_checkpointing`]; BatchNorm statistics are still updated once a step."""
         super().enable_gradient_checkpointing(gradient_checkpointing_func or checkpoint_block)
+
+    def fuse_for_inference(self) -> None:
+        """
+        Folds every BatchNorm into the layer before it and moves the upsampling convolutions to the small grid.
+
+        The function of the model stays the same but for rounding. It can no longer be trained or saved; to undo it,
+        load the model again. LoRA adapters that have been fused become part of the weights.
+
+        Raises:
+            ValueError: If the model is in train mode, or LoRA adapters are active and not fused.
+        """
+        if self.is_fused:
+            return
+        if self.training:
+            raise ValueError("In train mode BatchNorm follows the batch and cannot be folded: call `eval()` first.")
+        remove_fused_adapters(self)
+        for module in self.modules():
+            if isinstance(module, SeparableConv2d):
+                module.conv_dw, module.bn1 = fuse_conv_bn_eval(module.conv_dw, module.bn1), nn.Identity()
+                module.conv_pw, module.bn2 = fuse_conv_bn_eval(module.conv_pw, module.bn2), nn.Identity()
+            elif isinstance(module, LambdaLayer):
+                module.to_q, module.norm_q = fuse_conv_bn_eval(module.to_q, module.norm_q), nn.Identity()
+                fuse = fuse_conv_bn_eval if isinstance(module.to_v, nn.Conv2d) else fuse_linear_bn_eval
+                module.to_v, module.norm_v = fuse(module.to_v, module.norm_v), nn.Identity()
+            elif isinstance(module, MoebiusUpBlock2D) and module.upsamplers is not None:
+                module.upsamplers[0] = SmallGridUpsample2D(module.upsamplers[0].conv)
+        self.is_fused = True
+        self.requires_grad_(False)
 
     def set_lambda_algorithm(self, algorithm: str) -> None:
         """

@@ -16,7 +16,8 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from .unet_2d_moebius import GatedLinearAttention, MoebiusUNet2DOutput
+from .linear_attention import GatedLinearAttention
+from .unet_2d_moebius import MoebiusUNet2DOutput
 
 
 class RasterGatedLinearAttention(GatedLinearAttention):
