@@ -1,0 +1,9 @@
+"""
+The web demo: remove things from photos in a browser.
+
+Needs the extra `demo` (`pip install diffusers-moebius[demo]`).
+"""
+
+from .interface import build_demo, launch_demo
+
+__all__ = ["build_demo", "launch_demo"]

@@ -1,0 +1,108 @@
+"""The models that a visitor can choose from, loaded when first used."""
+
+import logging
+import os
+import re
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+from .. import MoebiusInpaintPipeline, bundled_checkpoint
+from .photos import VisitorError
+
+logger = logging.getLogger(__name__)
+
+NANO = "Nano (comes with the app, fast)"
+OWN = "Another repository"
+PUBLISHED = {
+    "Moebius Places2 (landscapes, rooms)": ("hustvl/Moebius", "ft_places2"),
+    "Moebius CelebA-HQ (portraits)": ("hustvl/Moebius", "ft_celebahq"),
+    "Moebius FFHQ (portraits)": ("hustvl/Moebius", "ft_ffhq"),
+    "Moebius pretrained (general)": ("hustvl/Moebius", "pretrained"),
+}
+# How many pipelines stay in memory.
+CAPACITY = 2
+
+
+class ModelShelf:
+    """
+    Pipelines by name; the least recently used ones are let go.
+
+    Args:
+        default (`str`, *optional*): The model that is chosen at first: `"nano"`, `owner/name`, `owner/name/folder`, or
+            a pipeline folder of the server, of which visitors see the last part of the path alone.
+    """
+
+    def __init__(self, default: str | None = None):
+        self.sources: dict[str, tuple[str, str | None]] = {NANO: ("nano", None), **PUBLISHED}
+        default = default or os.environ.get("MOEBIUS_DEMO_MODEL") or "nano"
+        if default == "nano":
+            self.default = NANO
+        elif Path(default).is_dir():
+            self.default = f"{Path(default).resolve().name} (of this server)"
+            self.sources = {self.default: (default, None), **self.sources}
+        else:
+            source = parse_repository(default)
+            known = {value: key for key, value in self.sources.items()}
+            self.default = known.get(source, default)
+            self.sources.setdefault(self.default, source)
+        self._pipelines: OrderedDict[tuple[str, str | None], MoebiusInpaintPipeline] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.sources, OWN]
+
+    def resolve(self, name: str, own: str = "") -> tuple[str, str | None]:
+        """Source and checkpoint folder of a visitor's choice."""
+        if name == OWN:
+            return parse_repository(own)
+        if name not in self.sources:
+            raise VisitorError(f"There is no model {name!r}; choose one of {', '.join(self.names)}.")
+        return self.sources[name]
+
+    def is_loaded(self, source: tuple[str, str | None]) -> bool:
+        return source in self._pipelines
+
+    def get(self, source: tuple[str, str | None]) -> MoebiusInpaintPipeline:
+        """The pipeline, loaded if need be."""
+        with self._lock:
+            if source not in self._pipelines:
+                self._pipelines[source] = _load(*source)
+            self._pipelines.move_to_end(source)
+            while len(self._pipelines) > CAPACITY:
+                self._pipelines.popitem(last=False)
+            return self._pipelines[source]
+
+
+def parse_repository(text: str) -> tuple[str, str | None]:
+    """
+    Reads `owner/name` or `owner/name/folder`.
+
+    Raises:
+        VisitorError: If it is something else; above all a visitor must not name a folder of the server.
+    """
+    match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([A-Za-z0-9][\w-]*))?", text.strip())
+    if match is None or ".." in text or Path(match[1]).exists():
+        raise VisitorError(
+            f"{text.strip()!r} is not the name of a repository on the hub; it looks like owner/name, or "
+            "owner/name/folder for one of several checkpoints."
+        )
+    return match[1], match[2]
+
+
+def _load(source: str, checkpoint: str | None) -> MoebiusInpaintPipeline:
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    try:
+        location = bundled_checkpoint(source) if source == "nano" else source
+        return MoebiusInpaintPipeline.from_pretrained(location, checkpoint=checkpoint, dtype=dtype).to(device)
+    except Exception as error:  # Broken weights, an unreachable hub and an odd config all raise errors of their own.
+        logger.warning("%s cannot be loaded", source, exc_info=True)
+        name = Path(source).name if Path(source).is_dir() else source
+        raise VisitorError(
+            f"The model {name} could not be loaded. It may not exist, be no Moebius model, or the hub may be out of "
+            "reach. Please try another one."
+        ) from error
