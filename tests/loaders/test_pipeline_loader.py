@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UniPCMultistepScheduler
 from huggingface_hub.utils import logging as hub_logging
@@ -258,6 +259,21 @@ def test_cut_download_leaves_nothing_in_the_cache(release_hub, release_config, m
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size > 1000]
     release_hub.cut_downloads = False
     assert number_of(MoebiusInpaintPipeline.from_pretrained(RELEASE, config=release_config)) == 0
+
+
+def test_release_of_the_teacher(release_hub, parity_dir, tmp_path):
+    folder = tmp_path / "teacher" / "ft_places2"
+    folder.mkdir(parents=True)
+    weights = safetensors.torch.load_file(parity_dir / "teacher_tiny.safetensors")
+    torch.save(weights, folder / "diffusion_pytorch_model.bin")
+    release_hub.repositories["hustvl/PixelHacker"].add_folder(folder.parent)
+    pipeline = MoebiusInpaintPipeline.from_pretrained(
+        "hustvl/PixelHacker", config={"norm_num_groups": 8, "sample_size": 16}
+    )
+    assert type(pipeline.unet) is PixelHackerUNet2DModel
+    assert run(pipeline).shape == (64, 64, 3)
+    with pytest.raises(ValueError, match=r"`checkpoint` must be one of ft_places2 for hustvl/PixelHacker"):
+        MoebiusInpaintPipeline.from_pretrained("hustvl/PixelHacker", checkpoint="vae")
 
 
 # The autoencoder

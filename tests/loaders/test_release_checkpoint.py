@@ -25,6 +25,7 @@ from diffusers_moebius.loaders.release_checkpoint import (
 )
 from diffusers_moebius.models.latent_categories import LatentCategoriesEmbedder
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
+from diffusers_moebius.models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 
 DEFAULTS = {
     name: parameter.default
@@ -50,6 +51,25 @@ def test_loads_the_numbers_of_the_release(parity_dir):
     assert (sample - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_loads_the_numbers_of_the_teacher(parity_dir):
+    config = {
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+        "sample_size": 16,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+    }
+    components = load_release_components(parity_dir / "teacher_tiny.safetensors", config)
+    assert type(components["unet"]) is PixelHackerUNet2DModel and components["unet"].config.sample_size == 16
+    numbers = safetensors.torch.load_file(parity_dir / "unet_io.safetensors")
+    with torch.no_grad():
+        tokens = components["lcg_embedder"](numbers["input.input_ids"])
+        sample = components["unet"](numbers["input.latent_model_input"], numbers["input.timestep"], tokens).sample
+    expected = numbers["teacher.sample"]
+    assert (sample - expected).abs().max() <= 1e-4 * expected.abs().max()
+    with pytest.raises(ValueError, match=r"`config` has mix_ffn_ratio, but .* holds a PixelHackerUNet2DModel"):
+        load_release_components(parity_dir / "teacher_tiny.safetensors", {**config, "mix_mlp_ratio": 2.5})
+
+
 def test_scheduler_runs_the_timesteps_of_the_release(parity_dir):
     expected = safetensors.torch.load_file(parity_dir / "pipeline_io.safetensors")["timesteps"]
     scheduler = make_release_scheduler()
@@ -73,7 +93,8 @@ def test_weight_names():
 
 def test_published_shapes_give_the_defaults(parity_dir):
     shapes = json.loads((parity_dir / "student_full_keys.json").read_text())
-    inferred = infer_config({name: tuple(shape) for name, shape in shapes.items()})
+    model_class, inferred = infer_config({name: tuple(shape) for name, shape in shapes.items()})
+    assert model_class is MoebiusUNet2DModel
     assert inferred.pop("num_embeddings") == 20
     assert inferred == {name: DEFAULTS[name] for name in inferred}
     assert set(DEFAULTS) - set(inferred) == {
@@ -85,6 +106,16 @@ def test_published_shapes_give_the_defaults(parity_dir):
         "norm_num_groups",
         "self_attention_type",
     }
+
+
+def test_published_shapes_of_the_teacher_give_the_defaults(parity_dir):
+    shapes = json.loads((parity_dir / "teacher_full_keys.json").read_text())
+    model_class, inferred = infer_config({name: tuple(shape) for name, shape in shapes.items()})
+    assert model_class is PixelHackerUNet2DModel
+    assert inferred.pop("num_embeddings") == 20
+    defaults = inspect.signature(PixelHackerUNet2DModel.__init__).parameters
+    assert inferred == {name: defaults[name].default for name in inferred}
+    assert set(defaults) - set(inferred) == {"self", "sample_size", "norm_num_groups", "norm_eps", "dropout"}
 
 
 @settings(max_examples=15, deadline=None)
@@ -113,7 +144,7 @@ def test_shapes_tell_the_config(widths, layers_per_block, heads, tokens, window,
     with torch.device("meta"):
         unet = MoebiusUNet2DModel(**arguments, mix_ffn_ratio=ratio)
     shapes = {UNET_PREFIX + name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    inferred = infer_config({**shapes, "embedding_layer.weight": (2 * tokens, 10)})
+    _, inferred = infer_config({**shapes, "embedding_layer.weight": (2 * tokens, 10)})
     assert inferred.pop("num_embeddings") == 2 * tokens
     # Of the ratios that give the width of the first level, any may be inferred.
     assert int(inferred.pop("mix_ffn_ratio") * widths[0]) == int(ratio * widths[0])
@@ -145,7 +176,7 @@ def test_config_file(parity_dir, tmp_path, suffix):
     [
         ({"no_such_name": 1}, "`config` has the unknown name 'no_such_name'"),
         ({"act_fn": "gelu"}, "`config` must have act_fn = 'silu'"),
-        ({"use_lambda_cross_attn": False}, "`config` must have use_lambda_cross_attn = True"),
+        ({"encoder_hid_dim_type": "image_proj"}, "`config` must have encoder_hid_dim_type = 'text_proj'"),
         ({"num_attention_heads": 8}, "`config` must have num_attention_heads = None"),
         ({"norm_num_groups": "8"}, "`config` must have a value like 32 for norm_num_groups, but has '8'"),
         ({"norm_num_groups": True}, "`config` must have a value like 32 for norm_num_groups"),

@@ -322,12 +322,13 @@ class MoebiusLoaderMixin:
         source: ModelSource, folder: str, variant: str | None, use_safetensors: bool | None
     ) -> str:
         names = [f"{folder}/{name}" for name in weight_names(variant, use_safetensors)]
+        # A folder with a config is a component in the layout of diffusers, such as the autoencoder.
+        is_component = f"{folder}/config.json" in source.files
         for name in names:
-            if name in source.files:
+            if name in source.files and not is_component:
                 return name
         if source.is_cache:
             raise source.not_cached_error()
-        # A folder with a config is a component in the layout of diffusers, such as the autoencoder.
         folders = {
             parent
             for parent, _, name in (file.rpartition("/") for file in source.files)

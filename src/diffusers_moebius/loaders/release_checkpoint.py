@@ -1,5 +1,6 @@
 """
-The layout in which Moebius was published: one state dict `diffusion_pytorch_model.bin` a checkpoint, without configs.
+The layout in which Moebius and its teacher PixelHacker were published: one state dict `diffusion_pytorch_model.bin` a
+checkpoint, without configs.
 
 A state dict holds `embedding_layer.weight` and `diff_model.<name>`; behind the prefix the names are those of our
 models. Shapes tell nearly the whole configuration, the rest comes from a config in the release's names.
@@ -24,6 +25,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
+from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 
 RELEASE_VAE_REPOSITORY = "hustvl/PixelHacker"
 DEFAULT_CHECKPOINT = "ft_places2"
@@ -34,16 +36,16 @@ EMBEDDER_PREFIX = "embedding_layer."
 
 # Config names of the release that differ from ours. `attention_head_dim` is the number of heads there.
 RENAMED_CONFIG = {"attention_head_dim": "num_attention_heads", "mix_mlp_ratio": "mix_ffn_ratio"}
-# What every Moebius has; another value would be another network with weights of the same shapes.
-FIXED_CONFIG = {
-    "encoder_hid_dim_type": "text_proj",
-    "mid_block_type": None,
-    "use_lambda_cross_attn": True,
-    "use_local_self_attn": True,
-}
 # Says nothing that the names and shapes of the weights do not say.
-IGNORED_CONFIG = ("down_block_types", "up_block_types", "projection_class_embeddings_input_dim")
-# The arguments of our model with their defaults, which are the published model.
+IGNORED_CONFIG = (
+    "down_block_types",
+    "mid_block_type",
+    "projection_class_embeddings_input_dim",
+    "up_block_types",
+    "use_lambda_cross_attn",
+    "use_local_self_attn",
+)
+# The arguments of our student with their defaults, which are the published model; the teacher's are among them.
 DEFAULTS = inspect.signature(MoebiusUNet2DModel.__init__).parameters
 
 
@@ -126,7 +128,7 @@ def read_release_config(config: Mapping[str, Any] | str | os.PathLike | None) ->
         config (`Mapping`, `str` or `os.PathLike`, *optional*): The config, or a JSON or YAML file of it.
 
     Returns:
-        `dict[str, Any]`: Arguments of [`MoebiusUNet2DModel`], and `num_embeddings`.
+        `dict[str, Any]`: Arguments of our models, and `num_embeddings`.
 
     Raises:
         ValueError: If the file is not a mapping, or a name or value belongs to no Moebius.
@@ -146,7 +148,8 @@ def read_release_config(config: Mapping[str, Any] | str | os.PathLike | None) ->
             raise ValueError(f"`config` must hold names and values, but {path} does not.")
 
     theirs = inspect.signature(UNet2DConditionModel.__init__).parameters  # from which the release's model derives
-    fixed = {name: parameter.default for name, parameter in theirs.items()} | FIXED_CONFIG
+    # Another value would be another network with weights of the same shapes.
+    fixed = {name: parameter.default for name, parameter in theirs.items()} | {"encoder_hid_dim_type": "text_proj"}
     arguments = {}
     for name, value in config.items():
         if str(name).startswith("_") or name in IGNORED_CONFIG:
@@ -159,7 +162,7 @@ def read_release_config(config: Mapping[str, Any] | str | os.PathLike | None) ->
         elif name in fixed and value == fixed[name]:
             continue
         elif name in fixed:
-            raise ValueError(f"`config` must have {name} = {fixed[name]!r} for a Moebius, but has {value!r}.")
+            raise ValueError(f"`config` must have {name} = {fixed[name]!r}, but has {value!r}.")
         else:
             raise ValueError(f"`config` has the unknown name {name!r}.")
         arguments[argument] = _checked_value(name, value, default)
@@ -177,50 +180,61 @@ def _checked_value(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> tuple[type[ModelMixin], dict[str, Any]]:
     """
-    Reads from a checkpoint's shapes what they tell about its configuration.
+    Reads from a checkpoint's names and shapes what model it is of, and what they tell about its configuration.
 
     Args:
         shapes (`Mapping[str, tuple[int, ...]]`): The shapes of all tensors by the release's names.
 
     Returns:
-        `dict[str, Any]`: Arguments of [`MoebiusUNet2DModel`], and `num_embeddings`. What shapes cannot tell is left
-        out: `norm_num_groups`, `norm_eps`, `dropout`.
+        The class, [`MoebiusUNet2DModel`] or [`PixelHackerUNet2DModel`], and `dict[str, Any]`: its arguments, and
+        `num_embeddings`. What shapes cannot tell is left out: `norm_num_groups`, `norm_eps`, `dropout`, and the
+        teacher's `sample_size`.
 
     Raises:
-        ValueError: If a tensor that is needed for this is missing or has the wrong number of dimensions.
+        ValueError: If a tensor that is needed for this is missing or has an impossible shape.
     """
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         if name not in shapes:
             raise ValueError(f"The checkpoint is not one of Moebius, or is truncated: {name} is missing.")
-        if len(shapes[name]) != ndim:
+        if len(shapes[name]) != ndim or 0 in shapes[name]:
             raise ValueError(f"The checkpoint is not one of Moebius: {name} has the shape {list(shapes[name])}.")
         return shapes[name]
 
     def count(prefix: str) -> int:
         return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
 
-    transformer = f"{UNET_PREFIX}down_blocks.0.attentions.0.transformer_blocks.0."
+    unet = UNET_PREFIX
+    transformer = f"{unet}down_blocks.0.attentions.0.transformer_blocks.0."
     num_embeddings, encoder_hid_dim = shape(f"{EMBEDDER_PREFIX}weight", 2)
+    arguments = {
+        "num_embeddings": num_embeddings,
+        "block_out_channels": tuple(
+            shape(f"{unet}down_blocks.{level}.resnets.0.norm2.weight", 1)[0]
+            for level in range(count(f"{unet}down_blocks."))
+        ),
+        "layers_per_block": count(f"{unet}down_blocks.0.resnets."),
+        "cross_attention_dim": shape(f"{unet}encoder_hid_proj.weight", 2)[0],
+        "encoder_hid_dim": encoder_hid_dim,
+    }
+    if f"{unet}conv_in.weight" in shapes:
+        width = arguments["block_out_channels"][0]
+        return PixelHackerUNet2DModel, arguments | {
+            "in_channels": shape(f"{unet}conv_in.weight", 4)[1],
+            "out_channels": shape(f"{unet}conv_out.weight", 4)[0],
+            "num_attention_heads": max(1, width // shape(f"{transformer}attn1.g_norm_swish_gate.weight", 1)[0]),
+        }
     positions, context_length, key_dim, _ = shape(f"{transformer}attn2.rel_pos_emb", 4)
     width, ffn_width = shape(f"{transformer}ff.point_conv.conv.weight", 4)[:2]
     # The width is int(ratio * C), which several ratios give; the usual one first.
     ratios = (DEFAULTS["mix_ffn_ratio"].default, ffn_width / width, (ffn_width + 0.5) / width)
-    return {
-        "num_embeddings": num_embeddings,
+    return MoebiusUNet2DModel, arguments | {
         "sample_size": math.isqrt(positions),
-        "in_channels": shape(f"{UNET_PREFIX}conv_in.conv_dw.weight", 4)[0],
-        "out_channels": shape(f"{UNET_PREFIX}conv_out.conv_pw.weight", 4)[0],
-        "block_out_channels": tuple(
-            shape(f"{UNET_PREFIX}down_blocks.{level}.attentions.0.norm.weight", 1)[0]
-            for level in range(count(f"{UNET_PREFIX}down_blocks."))
-        ),
-        "layers_per_block": count(f"{UNET_PREFIX}down_blocks.0.resnets."),
-        "num_attention_heads": max(1, width // max(1, key_dim)),
-        "cross_attention_dim": shape(f"{UNET_PREFIX}encoder_hid_proj.weight", 2)[0],
-        "encoder_hid_dim": encoder_hid_dim,
+        "in_channels": shape(f"{unet}conv_in.conv_dw.weight", 4)[0],
+        "out_channels": shape(f"{unet}conv_out.conv_pw.weight", 4)[0],
+        "num_attention_heads": max(1, width // key_dim),
         "context_length": context_length,
         "local_window_size": shape(f"{transformer}attn1.pos_conv.weight", 5)[-1],
         "mix_ffn_ratio": next(ratio for ratio in ratios if int(ratio * width) == ffn_width),
@@ -254,12 +268,16 @@ def load_release_components(
     state_dict = read_state_dict(path, disable_mmap)
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     try:
-        arguments = infer_config(shapes)
+        unet_class, arguments = infer_config(shapes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for name, value in given.items():
         if arguments.get(name, value) != value:
             raise ValueError(f"`config` has {name} = {value!r}, but the weights in {path} have {arguments[name]!r}.")
+        if name != "num_embeddings" and name not in inspect.signature(unet_class.__init__).parameters:
+            raise ValueError(
+                f"`config` has {name}, but {path} holds a {unet_class.__name__}, which has no such thing."
+            )
     arguments |= given
     default_groups = DEFAULTS["norm_num_groups"].default
     if "norm_num_groups" not in arguments and any(width % default_groups for width in arguments["block_out_channels"]):
@@ -270,7 +288,7 @@ def load_release_components(
 
     num_embeddings = arguments.pop("num_embeddings")
     with torch.device("meta"):  # the checkpoint's tensors take the place of the weights
-        unet = MoebiusUNet2DModel(**arguments)
+        unet = unet_class(**arguments)
         lcg_embedder = LatentCategoriesEmbedder(
             num_embeddings=num_embeddings, embedding_dim=arguments["encoder_hid_dim"]
         )

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -740,6 +741,7 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                     nn.Module.to(module, memory_format=memory_format)
         return model
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look in its signature for `variant`
     def save_pretrained(self, *args, **kwargs) -> None:
         """As [`~ModelMixin.save_pretrained`]; refused once `fuse_for_inference` has changed the weights."""
         if self.is_fused:
