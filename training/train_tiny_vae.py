@@ -201,7 +201,6 @@ def main(arguments: list[str] | None = None) -> None:
         scaling_factor=teacher.config.scaling_factor,
         shift_factor=teacher.config.shift_factor,
     )
-    vae.to(memory_format=torch.channels_last)  # a quarter faster on a processor
     logger.info("%.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
 
     # data
