@@ -362,7 +362,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 elem_id="photo",
             )
             # The file as it came: the component's own preprocessing opens it, and fails on what is no picture. Where
-            # the file lies has been checked before. On the object, since a subclass would write a stub next to this file.
+            # the file lies has been checked before. Not a subclass, for which gradio writes a stub beside this file.
             upload.preprocess = lambda payload: payload and (payload.path, payload.orig_name)
             gallery = None
             if demo.examples:
@@ -437,9 +437,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 with gr.Column():
                     download = gr.DownloadButton("Download", variant="primary", elem_id="download")
                     again = gr.Button("Use the result as the new photo", elem_id="again")
-            used = gr.Textbox(
-                label="For the same picture again", interactive=False, lines=2, buttons=["copy"], elem_id="used"
-            )
+            used = gr.Textbox(label="For the same picture again", interactive=False, lines=2, elem_id="used")
 
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             model_name = gr.Dropdown(demo.shelf.names, value=demo.shelf.default, label="Model", elem_id="model")
@@ -472,10 +470,10 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 editor: {"background": session.view, "layers": layers, "composite": None},
                 clicked: show_mask(session.view, session.mask),
                 upload: None,
-                upload_part: gr.Column(visible=False),
-                work_part: gr.Column(visible=True),
-                result_part: gr.Column(visible=False),
-                preview: gr.Image(value=None, visible=False),
+                upload_part: gr.update(visible=False),
+                work_part: gr.update(visible=True),
+                result_part: gr.update(visible=False),
+                preview: gr.update(value=None, visible=False),
                 status: _status(f"{session.photo.image.width}×{session.photo.image.height} pixels."),
             }
 
@@ -519,10 +517,10 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 editor: None,
                 clicked: None,
                 upload: None,
-                upload_part: gr.Column(visible=True),
-                work_part: gr.Column(visible=False),
-                result_part: gr.Column(visible=False),
-                preview: gr.Image(value=None, visible=False),
+                upload_part: gr.update(visible=True),
+                work_part: gr.update(visible=False),
+                result_part: gr.update(visible=False),
+                preview: gr.update(value=None, visible=False),
                 status: _status(""),
             }
 
@@ -546,7 +544,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
             try:
                 mask = demo.click(session, tuple(event.index), mode == "remove", grow)
             except SelectionUnavailable as error:
-                yield {status: _status(""), click_note: gr.Markdown(f"**{error}**", visible=True)}
+                yield {status: _status(""), click_note: gr.update(value=f"**{error}**", visible=True)}
                 return
             except Exception:
                 yield {status: _status("")}
@@ -554,7 +552,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
             yield {
                 clicked: show_mask(session.view, mask),
                 editor: to_editor(session),
-                click_note: gr.Markdown(visible=False),
+                click_note: gr.update(visible=False),
                 status: _status("Marked. Click on more, or press Remove." if mask.any() else "Nothing is marked."),
             }
 
@@ -579,12 +577,12 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
         click_clear.click(clear, [state], [clicked, editor], show_progress="hidden", **private)
 
         run_outputs = [status, preview, result_part, slider, outline, download, used, seed, remove, stop, file_format]
-        idle = {remove: gr.Button(interactive=True), stop: gr.Button(visible=False)}
+        idle = {remove: gr.update(interactive=True), stop: gr.update(visible=False)}
 
         def wait():
             return {
-                remove: gr.Button(interactive=False),
-                stop: gr.Button(visible=True),
+                remove: gr.update(interactive=False),
+                stop: gr.update(visible=True),
                 status: _status("Waiting for a free place…"),
             }
 
@@ -620,7 +618,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                         text += f", about {_seconds(left)} left " if step.number < step.total else " "
                         update = {status: _status(text, step.number, step.total)}
                         if step.preview is not None:
-                            update[preview] = gr.Image(value=step.preview, visible=True)
+                            update[preview] = gr.update(value=step.preview, visible=True)
                         yield update
                     else:
                         _, command = value
@@ -628,8 +626,8 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                         yield {
                             **idle,
                             status: _status("Done."),
-                            preview: gr.Image(value=None, visible=False),
-                            result_part: gr.Column(visible=True),
+                            preview: gr.update(value=None, visible=False),
+                            result_part: gr.update(visible=True),
                             slider: (session.view, session.result_view),
                             outline: False,
                             file_format: "PNG",
@@ -637,13 +635,13 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                             used: command,
                         }
                         return
-                yield {**idle, status: _status("Stopped."), preview: gr.Image(value=None, visible=False)}
+                yield {**idle, status: _status("Stopped."), preview: gr.update(value=None, visible=False)}
             except BaseException as error:
                 # Also when the page is closed, or the event is cancelled: nobody waits for the result any more.
                 if stop_flag is not None and stop_flag.parent.exists():
                     stop_flag.touch()
                 if isinstance(error, Exception):
-                    yield {**idle, status: _status(""), preview: gr.Image(value=None, visible=False)}
+                    yield {**idle, status: _status(""), preview: gr.update(value=None, visible=False)}
                 raise
 
         running = remove.click(
@@ -674,7 +672,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
         def stop_run(session):
             if session is not None:
                 session.stop()
-            return {**idle, status: _status("Stopped."), preview: gr.Image(value=None, visible=False)}
+            return {**idle, status: _status("Stopped."), preview: gr.update(value=None, visible=False)}
 
         stop.click(
             stop_run,
@@ -693,7 +691,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
             queue=False,
             show_progress="hidden",
             **private,
-        ).then(lambda: (gr.Button(interactive=True), gr.Button(visible=False)), None, [remove, stop], **private)
+        ).then(lambda: (gr.update(interactive=True), gr.update(visible=False)), None, [remove, stop], **private)
 
         @_friendly
         def show_outline(session, wanted):
@@ -712,7 +710,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
 
         file_format.input(write_file, [state, file_format], download, **private)
         model_name.input(
-            lambda name: gr.Textbox(visible=name == OWN),
+            lambda name: gr.update(visible=name == OWN),
             model_name,
             own,
             queue=False,

@@ -1,0 +1,128 @@
+"""A running demo on tiny random models, and photos to give it."""
+
+import os
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+gradio = pytest.importorskip("gradio", reason="the extra `demo` is not installed")
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory, parity_dir) -> Path:
+    """A saved pipeline of random weights; its native size is 128 px."""
+    from diffusers import AutoencoderKL, DDIMScheduler
+
+    from diffusers_moebius import LatentCategoriesEmbedder, MoebiusInpaintPipeline, MoebiusUNet2DModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "secret-place" / "tiny"
+    MoebiusInpaintPipeline(
+        vae=AutoencoderKL.from_pretrained(parity_dir / "vae_tiny"),
+        unet=MoebiusUNet2DModel(
+            sample_size=16,
+            block_out_channels=(16, 32, 32),
+            num_attention_heads=4,
+            cross_attention_dim=16,
+            encoder_hid_dim=24,
+            norm_num_groups=8,
+        ),
+        lcg_embedder=LatentCategoriesEmbedder(num_embeddings=20, embedding_dim=24),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def selector_folder(tmp_path_factory) -> Path:
+    """A saved SAM 2 of random weights."""
+    from transformers import (
+        Sam2Config,
+        Sam2HieraDetConfig,
+        Sam2MaskDecoderConfig,
+        Sam2Model,
+        Sam2PromptEncoderConfig,
+        Sam2VisionConfig,
+    )
+
+    torch.manual_seed(0)
+    backbone = Sam2HieraDetConfig(
+        hidden_size=8,
+        image_size=[128, 128],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 1, 1],
+        window_size_per_stage=[8, 4, 4, 4],
+        global_attention_blocks=[3],
+        window_positional_embedding_background_size=[4, 4],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
+        fpn_hidden_size=32,
+    )
+    config = Sam2Config(
+        vision_config=vision,
+        prompt_encoder_config=Sam2PromptEncoderConfig(hidden_size=32, image_size=128, patch_size=16),
+        mask_decoder_config=Sam2MaskDecoderConfig(
+            hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32
+        ),
+    )
+    folder = tmp_path_factory.mktemp("models") / "sam"
+    Sam2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_url(pipeline_folder, selector_folder):
+    """Address of a running demo."""
+    from diffusers_moebius.demo import launch_demo
+
+    _, url, _ = launch_demo(
+        str(pipeline_folder), str(selector_folder), host="127.0.0.1", prevent_thread_lock=True, quiet=True
+    )
+    yield url
+    gradio.close_all()
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    """A photo-like PNG of 300×200 px."""
+    coarse = np.random.default_rng(0).integers(0, 256, (10, 15, 3), dtype=np.uint8)
+    path = tmp_path / "holiday.png"
+    Image.fromarray(coarse).resize((300, 200), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+@pytest.fixture
+def mask(tmp_path) -> Path:
+    """A mask for it."""
+    values = np.zeros((200, 300), np.uint8)
+    values[80:120, 130:190] = 255
+    path = tmp_path / "mask.png"
+    Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.fixture
+def phone_photo(tmp_path) -> Path:
+    """A 12-megapixel JPEG that lies on its side, with EXIF and an ICC profile."""
+    from PIL import ImageCms
+
+    ramp = np.linspace(0, 255, 4000, dtype=np.uint8)
+    pixels = np.stack(np.broadcast_arrays(ramp[None], ramp[:3000, None], np.uint8(90)), axis=2)
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter clockwise
+    exif[271] = "Camera maker"
+    path = tmp_path / "IMG_0001.JPG"
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(path, "JPEG", quality=85, exif=exif, icc_profile=icc)
+    return path

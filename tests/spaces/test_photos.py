@@ -1,0 +1,122 @@
+"""Opening, viewing, masking and saving of visitors' photos."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_moebius.demo import photos
+from diffusers_moebius.demo.photos import (
+    VIEW_SIDE,
+    VisitorError,
+    context_pixels,
+    draw_outline,
+    mask_layer,
+    open_photo,
+    painted_mask,
+    save_photo,
+    scale_mask,
+)
+
+
+def test_a_phone_photo_is_upright_and_keeps_all_pixels(phone_photo):
+    photo = open_photo(phone_photo)
+    assert photo.image.size == (3000, 4000)
+    assert photo.name == "IMG_0001"
+    view = photo.view()
+    assert view.size == (960, VIEW_SIDE)
+    # The left edge of the stored picture is the upper one of the upright picture.
+    assert view.getpixel((480, 2))[0] < 10 < 245 < view.getpixel((480, VIEW_SIDE - 3))[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n broken", b"\xff\xd8\xff\xe0 broken"])
+def test_what_is_no_picture_is_refused_without_its_path(tmp_path, content):
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    with pytest.raises(VisitorError) as caught:
+        open_photo(path)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_truncated_picture_is_refused_without_its_path(photo, tmp_path):
+    path = tmp_path / "cut.png"
+    path.write_bytes(photo.read_bytes()[:-2000])
+    with pytest.raises(VisitorError) as caught:
+        open_photo(path)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_limits(photo, monkeypatch):
+    monkeypatch.setattr(photos, "MAX_MEGAPIXELS", 0.05)
+    with pytest.raises(VisitorError, match="megapixels"):
+        open_photo(photo)
+    monkeypatch.setattr(photos, "MAX_FILE_MEGABYTES", 0.001)
+    with pytest.raises(VisitorError, match="MB"):
+        open_photo(photo)
+
+
+def test_a_name_is_safe_for_a_file(photo):
+    assert open_photo(photo, "../../etc/pass<wd>.jpg").name == "pass_wd_"
+    assert open_photo(photo, "Grüße vom Meer.jpg").name == "Grüße vom Meer"
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
+def test_every_mode_has_a_view_and_a_download(tmp_path, mode):
+    path = tmp_path / "photo.tif"
+    if mode == "I;16":
+        Image.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 20).save(path)
+    else:
+        Image.new("RGB", (64, 48), (200, 100, 50)).convert(mode).save(path)
+    photo = open_photo(path)
+    assert (photo.view().mode, photo.view().size) == ("RGB", (64, 48))
+    for file_format in ("PNG", "JPEG"):
+        with Image.open(save_photo(photo, tmp_path, file_format)) as saved:
+            assert (saved.size, saved.format) == ((64, 48), file_format)
+
+
+def test_the_mask_is_what_is_painted_whatever_its_colour():
+    layer = np.zeros((20, 30, 4), np.uint8)
+    layer[5:9, 10:20] = (0, 0, 0, 178)  # black
+    layer[12, 3] = (255, 255, 255, 5)  # what an eraser left
+    mask = painted_mask([layer], (30, 20))
+    assert mask.sum() == 40 and mask[5:9, 10:20].all()
+    assert not painted_mask([], (30, 20)).any()
+
+
+def test_a_mask_survives_the_editor():
+    mask = np.random.default_rng(0).random((20, 30)) > 0.5
+    assert (painted_mask([np.asarray(mask_layer(mask))], (30, 20)) == mask).all()
+
+
+def test_a_scaled_mask_covers_what_it_covered():
+    mask = np.zeros((60, 80), bool)
+    mask[20:40, 30:50] = True
+    large = scale_mask(mask, (800, 600))
+    assert large.shape == (600, 800)
+    assert abs(large.sum() - 100 * mask.sum()) < 0.03 * 100 * mask.sum()
+    assert large[210:390, 310:490].all() and not large[:190].any()
+
+
+def test_outline_leaves_the_inside_alone():
+    view = Image.new("RGB", (80, 60), (10, 200, 30))
+    mask = np.zeros((60, 80), bool)
+    mask[20:40, 30:50] = True
+    drawn = np.asarray(draw_outline(view, mask))
+    changed = (drawn != np.asarray(view)).any(axis=2)
+    assert changed.any() and not changed[mask].any() and not changed[:10].any()
+
+
+def test_context_follows_the_mask():
+    mask = np.zeros((600, 800), bool)
+    mask[100:200, 50:450] = True
+    assert context_pixels(mask, 50) == 200
+    assert context_pixels(mask, 0) == 32
+
+
+def test_downloads_keep_metadata(phone_photo, tmp_path):
+    photo = open_photo(phone_photo)
+    with Image.open(save_photo(photo, tmp_path, "PNG")) as png:
+        assert (np.asarray(png) == np.asarray(photo.image)).all()
+    with Image.open(save_photo(photo, tmp_path, "JPEG")) as jpeg:
+        assert jpeg.size == (3000, 4000)
+        assert jpeg.getexif()[271] == "Camera maker" and 274 not in jpeg.getexif()
+        assert jpeg.info["icc_profile"]
