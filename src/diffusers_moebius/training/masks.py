@@ -111,7 +111,8 @@ def random_mask(
         # The dilation is in pixels of the preset too; below the smallest odd kernel there is nothing to dilate.
         kernel = 2 * round(scale * _integer(generator, (1, 3))) + 1
         for _ in range(_integer(generator, (1, 2))):
-            canvas = canvas.filter(ImageFilter.MaxFilter(kernel))
+            if kernel > 1:  # Pillow 12.3.0 divides by zero on a kernel of 1 and takes the process with it
+                canvas = canvas.filter(ImageFilter.MaxFilter(kernel))
         mask = np.asarray(canvas) > 0
         if mask.any() and not mask.all():
             return mask
