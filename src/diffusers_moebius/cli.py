@@ -133,13 +133,18 @@ def inpaint(
     ],
     model: ModelOption = DEFAULT_MODEL,
     checkpoint: CheckpointOption = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Denoising steps.", show_default="the model's")
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off.", show_default="the model's")
     ] = None,
     strength: Annotated[
-        float, typer.Option(help="How much of the old content is replaced by noise, above 0 and up to 1.")
-    ] = 0.99,
+        float | None,
+        typer.Option(
+            help="How much of the old content is replaced by noise, above 0 and up to 1.", show_default="the model's"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, another filling.")] = 0,
     crop_margin: Annotated[
         int,
@@ -190,7 +195,7 @@ def inpaint(
       moebius inpaint photo.jpg mask.png -o result.jpg --model hustvl/Moebius
       moebius inpaint photos/ masks/ -o results/
     """
-    if not 0 < strength <= 1:
+    if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"`--strength` must be above 0 and at most 1, but is {strength}.")
     if model == DEFAULT_MODEL and checkpoint is not None:
         raise ValueError(f"`--checkpoint` is for published repositories, but the model is {model!r}.")

@@ -332,6 +332,16 @@ class TestGuidance:
         torch.testing.assert_close(default, pipe(**run, guidance_scale=2.0, generator=seeded(0)).images)
         assert not torch.allclose(default, pipe(**run, generator=seeded(0)).images)
 
+    def test_default_steps_and_strength_are_the_checkpoint_s(self, pipe, tmp_path):
+        few = MoebiusInpaintPipeline.from_pipe(pipe, default_num_inference_steps=4, default_strength=1.0)
+        few.save_pretrained(tmp_path)
+        few = MoebiusInpaintPipeline.from_pretrained(tmp_path)
+        few.set_progress_bar_config(disable=True)
+        steps = []
+        few(photo(), hole(), callback_on_step_end=lambda *args: steps.append(args[1]) or {})
+        assert steps == [0, 1, 2, 3] and few.num_timesteps == 4
+        assert pipe.config.default_num_inference_steps == 20 and pipe.config.default_strength == 0.99
+
     def test_tokens_are_one_tensor_over_the_steps(self, pipe, tiny_unet):
         seen = []
         tiny_unet.register_forward_pre_hook(

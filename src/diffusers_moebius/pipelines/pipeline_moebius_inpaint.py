@@ -84,6 +84,10 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
             `scale_model_input`. Prediction type, timestep spacing and zero terminal SNR are its own settings.
         default_guidance_scale (`float`, defaults to 2.5):
             Guidance scale of a call that names none: 2.5 for natural scenes, 2.0 for portraits.
+        default_num_inference_steps (`int`, defaults to 20):
+            Steps of a call that names none; a checkpoint trained for few steps has fewer.
+        default_strength (`float`, defaults to 0.99):
+            Strength of a call that names none.
     """
 
     model_cpu_offload_seq = "lcg_embedder->unet->vae"
@@ -96,10 +100,16 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
         lcg_embedder: LatentCategoriesEmbedder,
         scheduler: KarrasDiffusionSchedulers,
         default_guidance_scale: float = 2.5,
+        default_num_inference_steps: int = 20,
+        default_strength: float = 0.99,
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, lcg_embedder=lcg_embedder, scheduler=scheduler)
-        self.register_to_config(default_guidance_scale=default_guidance_scale)
+        self.register_to_config(
+            default_guidance_scale=default_guidance_scale,
+            default_num_inference_steps=default_num_inference_steps,
+            default_strength=default_strength,
+        )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         has_unet = getattr(self, "unet", None) is not None
         levels = len(self.unet.config.block_out_channels) if has_unet else 3
@@ -516,8 +526,8 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         padding_mask_crop: int | None = None,
-        strength: float = 0.99,
-        num_inference_steps: int = 20,
+        strength: float | None = None,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         guidance_scale: float | None = None,
@@ -567,10 +577,12 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
                 Works on the mask's box grown by so many pixels, at full resolution where that fits, and pastes the
                 result back. 0 is no margin, `None` works on the whole picture. A box smaller than 16 px or more
                 elongated than 16:1 grows to these limits.
-            strength (`float`, defaults to 0.99):
+            strength (`float`, *optional*):
                 Share of the steps that run, above 0. Below 1 the start is the noised picture, at 1 it is pure noise.
-            num_inference_steps (`int`, defaults to 20):
-                Number of steps of the whole schedule.
+                Defaults to the checkpoint's `default_strength`: 0.99, or 1.0 for the bundled model.
+            num_inference_steps (`int`, *optional*):
+                Number of steps of the whole schedule. Defaults to the checkpoint's `default_num_inference_steps`: 20,
+                or what the bundled model was trained for.
             timesteps (`list[int]`, *optional*):
                 Custom timesteps, in descending order, for schedulers that take them.
             sigmas (`list[float]`, *optional*):
@@ -630,6 +642,9 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        strength = self.config.default_strength if strength is None else strength
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
 
         # 1. Check everything before anything is computed
         self.check_inputs(
