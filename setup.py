@@ -17,7 +17,8 @@ CORE = [
     "pyyaml>=6.0",
 ]
 EXTRAS = {
-    "train": ["datasets>=3.0", "webdataset>=1.0", "tensorboard>=2.16"],
+    "examples": ["scikit-image>=0.24"],
+    "train": ["tensorboard>=2.16"],
     "demo": ["gradio>=6.0", "scikit-image>=0.24"],
     "eval": ["opencv-python-headless>=4.10", "scikit-image>=0.24"],
 }
@@ -36,9 +37,7 @@ setup(
     name="diffusers-moebius",
     version="0.1.0",
     description="Moebius image inpainting for diffusers: model, pipeline, training and command line.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-    if Path(__file__).with_name("README.md").exists()
-    else "",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
