@@ -5,5 +5,6 @@ Needs the extra `demo` (`pip install diffusers-moebius[demo]`).
 """
 
 from .interface import build_demo, launch_demo
+from .photos import VisitorError
 
-__all__ = ["build_demo", "launch_demo"]
+__all__ = ["VisitorError", "build_demo", "launch_demo"]

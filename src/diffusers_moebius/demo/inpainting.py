@@ -23,8 +23,8 @@ try:  # On ZeroGPU Spaces a GPU is lent to the functions that are marked.
 except ImportError:  # also of the folder of that name in a checkout of this project
     GPU = None
 
-# A preview every so many steps; each costs a small part of a step.
-PREVIEW_INTERVAL = 3
+# About so many previews a run; each costs a small part of a step.
+PREVIEWS = 6
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def generate(
         if abandoned.is_set() or Path(stop_flag).exists():
             raise _Stopped
         total = pipeline.num_timesteps
-        shown = (index + 1) % PREVIEW_INTERVAL == 0 and index + 1 < total
+        shown = (index + 1) % max(1, total // PREVIEWS) == 0 and index + 1 < total
         picture = preview(timestep, show=shown, **tensors)
         messages.put(Step(index + 1, total, picture))
         return {}

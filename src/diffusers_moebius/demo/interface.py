@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 # What a visitor leaves behind is deleted when the page is closed, and after so many seconds in any case.
 SESSION_SECONDS = 3600
 MAX_WAITING = 32
-DEFAULT_STEPS = 20
 DEFAULT_CONTEXT = 50
 MAX_STEPS = 100
 
@@ -181,17 +180,21 @@ class Demo:
         self.examples = available_examples()
         set_shelf(self.shelf)
 
-    def settings(self, mask, steps, guidance, seed, context, color_compensation) -> Settings:
-        """Settings of a run, checked: the API's callers are bound by no slider."""
+    def settings(self, source, mask, steps, guidance, seed, context, color_compensation) -> Settings:
+        """Settings of a run, checked, since the API's callers are bound by no slider. Loads the model if need be."""
         for name, value, least, most in (
             ("steps", steps, 1, MAX_STEPS),
             ("seed", seed, 0, 2**32 - 1),
             ("surroundings", context, 0, 400),
         ):
+            if name == "steps" and value is None:
+                continue
             if value is None or not least <= value <= most:
                 raise VisitorError(f"{name} must be between {least} and {most}, but is {value}.")
         if guidance is not None and not 0 <= guidance <= 20:
             raise VisitorError(f"guidance must be between 0 and 20, but is {guidance}.")
+        if steps is None:
+            steps = self.shelf.get(source).config.default_num_inference_steps
         return Settings(int(steps), guidance, int(seed), context_pixels(mask, context), bool(color_compensation))
 
     def grow(self, mask: np.ndarray, pixels: float) -> np.ndarray:
@@ -222,7 +225,7 @@ class Demo:
         photo: str | None,
         mask: str | None,
         model: str = "",
-        steps: float = DEFAULT_STEPS,
+        steps: float | None = None,
         guidance: float | None = None,
         seed: float = 0,
         edge_margin: float = 0,
@@ -249,9 +252,9 @@ class Demo:
                 )
             values = load_masks(mask_values(given) >= 0.5, load_pictures(opened.image))[0]
             values = self.grow(values, edge_margin)
-            settings = self.settings(values, steps, guidance, seed, surroundings, color_compensation)
             name = model or self.shelf.default
-            source = self.shelf.resolve(name) if name in self.shelf.names else self.shelf.resolve(OWN, name)
+            source = self.shelf.resolve(name) if name in self.shelf.sources else self.shelf.resolve(OWN, name)
+            settings = self.settings(source, values, steps, guidance, seed, surroundings, color_compensation)
             self.shelf.get(source)
             outputs = generate(source, opened.image, values, opened.view(), settings, str(folder / "stop"))
             result = next(output for output in outputs if isinstance(output, Image.Image))
@@ -305,10 +308,10 @@ class Demo:
         stop_flag = session.begin_run()
         # The edge margin is in pixels of the photo, the mask is that of the view.
         full_mask = self.grow(scale_mask(mask, photo.image.size), edge_margin)
-        settings = self.settings(full_mask, **options)
         source = self.shelf.resolve(model, own)
         if not self.shelf.is_loaded(source):
             yield "note", "Loading the model; the first time takes a moment…"
+        settings = self.settings(source, full_mask, **options)
         self.shelf.get(source)
         yield "note", "Starting…"
         start, result = time.monotonic(), None
@@ -445,7 +448,14 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 label="Repository", placeholder="owner/name, or owner/name/folder", visible=False, elem_id="own"
             )
             with gr.Row():
-                steps = gr.Slider(2, MAX_STEPS, value=DEFAULT_STEPS, step=1, label="Steps", elem_id="steps")
+                steps = gr.Number(
+                    None,
+                    label="Steps (empty: the model's own)",
+                    precision=0,
+                    minimum=1,
+                    maximum=MAX_STEPS,
+                    elem_id="steps",
+                )
                 guidance = gr.Number(
                     None, label="Guidance (empty: the model's own)", minimum=0, maximum=20, elem_id="guidance"
                 )
@@ -729,7 +739,7 @@ def _add_api(demo: Demo) -> None:
             gr.File(label="photo", type="filepath"),
             gr.File(label="mask (white is filled, the photo's size)", type="filepath"),
             gr.Textbox("", label="model (empty: the default)"),
-            gr.Number(DEFAULT_STEPS, label="steps"),
+            gr.Number(None, label="steps (none: the model's own)"),
             gr.Number(None, label="guidance (none: the model's own)"),
             gr.Number(0, label="seed"),
             gr.Number(0, label="edge margin (pixels)"),
