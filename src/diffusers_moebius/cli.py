@@ -308,6 +308,61 @@ def info(
     print("\n".join(lines))
 
 
+@app.command()
+def demo(
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    model: Annotated[
+        str,
+        typer.Option(metavar="nano|REPO[/CHECKPOINT]|FOLDER", help="The model that is chosen at first."),
+    ] = DEFAULT_MODEL,
+    share: Annotated[bool, typer.Option("--share", help="Also make a public link, through gradio's server.")] = False,
+) -> None:
+    """
+    Serve the web page on which things are painted away.
+
+    \b
+    Example:
+      moebius demo --model hustvl/Moebius/ft_places2
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from .demo import VisitorError, launch_demo
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError("The demo needs gradio: install it with `pip install diffusers-moebius[demo]`.") from error
+
+    try:
+        launch_demo(model, host=host, port=port, share=share)
+    except VisitorError as error:
+        raise ValueError(f"`--model`: {error}") from error
+
+
+@app.command()
+def push(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="nano, a pipeline folder, or a repository on the hub.")
+    ],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Where to, as owner/name; made if need be.")],
+    checkpoint: CheckpointOption = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """
+    Upload a model to the hub, with its model card and the code that diffusers needs to load it.
+
+    \b
+    Example:
+      moebius push my-moebius me/my-moebius --private
+    """
+    pipeline = _load_pipeline(model, checkpoint, "cpu", DType.float32)
+    try:
+        commit = pipeline.push_to_hub(repository, private=private or None)
+    except Exception as error:  # A wrong name, no token, no network: the hub's client has an error for each.
+        raise ValueError(f"{model} cannot be pushed to {repository}: {error}") from error
+    print(commit.commit_url)
+
+
 def _list_jobs(photo: Path, mask: Path, output: Path, preview: bool) -> list[Job]:
     def job(photo: Path, masks: list[Path], output: Path) -> Job:
         return Job(photo, masks, output, output.with_name(f"{output.name}.preview.png") if preview else None)
