@@ -26,6 +26,8 @@ EXTRAS["dev"] = sorted(
     {
         *EXTRAS["train"],
         *EXTRAS["eval"],
+        *EXTRAS["demo"],
+        "playwright>=1.49",
         "hypothesis>=6.100",
         "pytest>=8.0",
         "pytest-timeout>=2.3",
