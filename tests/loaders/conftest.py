@@ -7,6 +7,7 @@ import torch
 from hub_server import HubServer
 
 from diffusers_moebius.loaders.release_checkpoint import UNET_PREFIX
+from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 
 
 @pytest.fixture
@@ -25,6 +26,22 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def tiny_unet():
+    """Smaller than that of the other tests, as it is written and read many times here."""
+    torch.manual_seed(0)
+    return MoebiusUNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        num_attention_heads=4,
+        cross_attention_dim=16,
+        encoder_hid_dim=24,
+        local_window_size=3,
+        norm_num_groups=8,
+    ).eval()
 
 
 @pytest.fixture

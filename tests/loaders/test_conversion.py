@@ -118,9 +118,16 @@ def test_truncated_source(source, vae, release_config, tmp_path):
     assert entries(tmp_path) == ["ft_ffhq"]
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", ["before", "while saving", "while renaming"])
-def test_failure_leaves_everything_as_it_was(source, vae, release_config, tmp_path, monkeypatch, error, step):
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("before", KeyboardInterrupt()),
+        ("while saving", OSError("disk full")),
+        ("while saving", KeyboardInterrupt()),
+        ("while renaming", KeyboardInterrupt()),
+    ],
+)
+def test_failure_leaves_everything_as_it_was(source, vae, release_config, tmp_path, monkeypatch, step, error):
     existing = convert_release_checkpoint(source, tmp_path / "existing", release_config, vae)
     before = {path: path.read_bytes() for path in existing.rglob("*") if path.is_file()}
     if step == "before":
