@@ -72,7 +72,7 @@ def convert_release_checkpoint(
     target.parent.mkdir(parents=True, exist_ok=True)
     # On the same file system, so that the finished folder gets its place by renaming.
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    old, new = scratch / "old", scratch / "new"
+    new, old = scratch / target.name, scratch / f"{target.name}.old"  # the model card takes its title from the name
     try:
         pipeline.save_pretrained(new)
         if target.exists():
