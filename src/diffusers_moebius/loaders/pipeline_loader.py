@@ -74,6 +74,8 @@ class ModelSource:
         self.argument = argument
         self.location = str(location)
         self.hub_kwargs = hub_kwargs
+        # What also holds for another repository; whether the hub gives that one is another question.
+        self.kwargs_elsewhere = {name: value for name, value in hub_kwargs.items() if name != "revision"}
         self.offline_reason: Exception | None = None
         if os.path.isdir(self.location):
             root = Path(self.location)
@@ -132,10 +134,6 @@ class ModelSource:
             yield
         except httpx.TransportError as error:
             raise OSError(f"The download of `{self.argument}` {self.location} failed: {_summary(error)}") from error
-
-    def kwargs_elsewhere(self) -> dict[str, Any]:
-        """The hub arguments that also hold for another repository."""
-        return {name: value for name, value in self.hub_kwargs.items() if name != "revision"}
 
     def not_cached_error(self) -> OSError:
         """What to raise if the cache alone does not do."""
@@ -281,7 +279,7 @@ class MoebiusLoaderMixin:
         if vae is not None:
             vae_kwargs = {name: kwargs.get(name) for name in ("variant", "use_safetensors")}
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            kwargs["vae"] = load_vae(vae, dtype, **vae_kwargs, **source.kwargs_elsewhere())
+            kwargs["vae"] = load_vae(vae, dtype, **vae_kwargs, **source.kwargs_elsewhere)
         with source.download():
             return super().from_pretrained(location, **kwargs)
 
@@ -312,7 +310,7 @@ class MoebiusLoaderMixin:
         kwargs.setdefault("scheduler", make_release_scheduler())
         kwargs.setdefault("default_guidance_scale", default_guidance_scale(folder))
         vae = RELEASE_VAE_REPOSITORY if vae is None else vae
-        vae = load_vae(vae, dtype, variant, use_safetensors, **source.kwargs_elsewhere())
+        vae = load_vae(vae, dtype, variant, use_safetensors, **source.kwargs_elsewhere)
         pipeline = cls(vae=vae, **kwargs)
         pipeline.register_to_config(_name_or_path=source.location)
         return pipeline
