@@ -221,11 +221,8 @@ def test_a_bad_file_gets_a_message_and_a_good_one_works(visit, photo, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"this is no picture")
     visitor.page.set_input_files("#photo input[type=file]", str(bad))
-    sync_api.expect(visitor.page.get_by_text("not a picture")).to_be_visible(timeout=TIMEOUT)
+    sync_api.expect(visitor.page.get_by_text("not a picture").first).to_be_visible(timeout=TIMEOUT)
     assert str(tmp_path) not in visitor.page.content()
-    remove = visitor.page.locator("#photo").get_by_role("button", name=re.compile("clear|remove", re.I))
-    if remove.count():
-        remove.first.click()
     visitor.upload(photo)
 
 

@@ -490,14 +490,18 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
         @_friendly
         def open_upload(session, file):
             if file is None:
-                return {status: _status("")}
+                yield {status: _status("")}
+                return
             path, name = file
             session = session or Session()
             try:
                 session.open(open_photo(path, name))
+            except Exception:
+                yield {upload: None, status: _status("")}  # ready for another file
+                raise
             finally:
                 Path(path).unlink(missing_ok=True)
-            return show(session)
+            yield show(session)
 
         upload.input(open_upload, [state, upload], opened, show_progress="minimal", show_progress_on=status, **private)
 
