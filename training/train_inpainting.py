@@ -81,6 +81,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--snr_gamma", type=float, help="min-SNR weighting (arXiv 2303.09556); 5 is usual")
     add("--noise_offset", type=float, default=0.0357)
     add("--timestep_bias", type=float, default=1.0, help="timesteps are 1000 u^(1/bias): above 1 favours high noise")
+    add("--train_timesteps", type=int, nargs="+", help="only these timesteps, those that a few-step sampler will visit")
     add("--last_timestep_probability", type=float, default=0.0, help="share of samples that start from pure noise")
     # optimisation
     add("--train_batch_size", type=int, default=16, help="samples in a step of one process")
@@ -94,6 +95,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lr_scheduler", default="constant_with_warmup", help="a name of diffusers.optimization.SchedulerType")
     add("--lr_warmup_steps", type=int, default=500)
     add("--max_grad_norm", type=float, default=1.0)
+    add("--freeze_batch_norm", action="store_true", help="train with the BatchNorm statistics that inference uses")
     add("--use_ema", action="store_true")
     add("--ema_decay", type=float, default=0.9999)
     # validation
@@ -196,7 +198,10 @@ def build_dataset(args: argparse.Namespace, vae: nn.Module, accelerator: Acceler
 
 def sample_timesteps(args: argparse.Namespace, count: int, last: int, generator: torch.Generator) -> torch.Tensor:
     uniform, pure_noise = torch.rand(2, count, generator=generator)
-    timesteps = (uniform ** (1 / args.timestep_bias) * (last + 1)).long().clamp(max=last)
+    if args.train_timesteps:
+        timesteps = torch.tensor(args.train_timesteps)[(uniform * len(args.train_timesteps)).long()]
+    else:
+        timesteps = (uniform ** (1 / args.timestep_bias) * (last + 1)).long().clamp(max=last)
     return timesteps.where(pure_noise >= args.last_timestep_probability, torch.tensor(last))
 
 
@@ -310,6 +315,14 @@ def save_checkpoint(args, accelerator: Accelerator, model, ema, scheduler, step:
                 shutil.rmtree(old)
         logger.info("wrote %s", target)
     accelerator.wait_for_everyone()
+
+
+def set_train_mode(model: nn.Module, freeze_batch_norm: bool) -> None:
+    model.train()
+    if freeze_batch_norm:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
 
 @torch.no_grad()
@@ -431,7 +444,7 @@ def main(arguments: list[str] | None = None) -> None:
     progress = tqdm(initial=step, total=args.max_train_steps, disable=not is_main, mininterval=10)
     log_file = output_dir / "loss.csv"
     sums = torch.zeros(3)
-    model.train()
+    set_train_mode(model, args.freeze_batch_norm)
     while step < args.max_train_steps and not stop:
         for micro_step in range(accumulation):
             batch = prepare_batch(next(batches))
@@ -466,7 +479,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.validation_data and step % args.validation_steps == 0 and is_main:
             with averaged_weights(accelerator.unwrap_model(model), ema) as bare:
                 scores = validate(args, bare, vae, scheduler, output_dir / f"validation-{step}.png")
-            model.train()
+            set_train_mode(model, args.freeze_batch_norm)
             accelerator.log(scores, step=step)
             logger.info("validation at step %d: %s", step, scores)
     for number, handler in previous_handlers.items():
