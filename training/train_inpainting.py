@@ -81,7 +81,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--snr_gamma", type=float, help="min-SNR weighting (arXiv 2303.09556); 5 is usual")
     add("--noise_offset", type=float, default=0.0357)
     add("--timestep_bias", type=float, default=1.0, help="timesteps are 1000 u^(1/bias): above 1 favours high noise")
-    add("--train_timesteps", type=int, nargs="+", help="only these timesteps, those that a few-step sampler will visit")
+    add("--train_timesteps", type=int, nargs="+", help="only these, those that a few-step sampler visits")
     add("--last_timestep_probability", type=float, default=0.0, help="share of samples that start from pure noise")
     # optimisation
     add("--train_batch_size", type=int, default=16, help="samples in a step of one process")
