@@ -263,7 +263,7 @@ def test_an_example_brings_its_mask(visit):
     pytest.importorskip("skimage")
     visitor = visit()
     visitor.page.locator("#examples").get_by_text("The spoon").click()
-    visitor.page.wait_for_selector("#editor canvas")
+    visitor.page.wait_for_selector("#clicked img")
     visitor.page.wait_for_timeout(1500)
     visitor.set_steps(3)
     visitor.run()

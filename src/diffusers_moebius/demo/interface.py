@@ -378,7 +378,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 )
 
         with gr.Column(visible=False, elem_id="work") as work_part:
-            with gr.Tabs():
+            with gr.Tabs(selected="paint") as tabs:
                 with gr.Tab("Paint", id="paint"):
                     editor = gr.ImageEditor(
                         label="Paint over what should go",
@@ -470,7 +470,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
             color_compensation = gr.Checkbox(False, label="Match the filling's colours to those around it")
 
         private = {"api_visibility": "private"}
-        opened = [state, editor, clicked, upload, upload_part, work_part, result_part, status, preview]
+        opened = [state, editor, clicked, upload, upload_part, work_part, result_part, status, preview, tabs]
 
         def show(session: Session) -> dict:
             """The page with a newly opened photo."""
@@ -484,6 +484,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 work_part: gr.update(visible=True),
                 result_part: gr.update(visible=False),
                 preview: gr.update(value=None, visible=False),
+                tabs: gr.update(selected="paint"),
                 status: _status(f"{session.photo.image.width}×{session.photo.image.height} pixels."),
             }
 
@@ -509,7 +510,11 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
         def open_example(session, index):
             session = session or Session()
             session.open(*demo.examples[index].load())
-            return show(session)
+            # Where the mask shows at once; an editor that has not been drawn yet does not draw a layer.
+            return show(session) | {
+                tabs: gr.update(selected="click"),
+                status: _status("What is tinted red is marked. Press Remove."),
+            }
 
         if gallery is not None:
             gallery.click(open_example, [state, gallery], opened, show_progress="hidden", **private)
