@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
@@ -206,6 +207,14 @@ def test_existing_output_is_only_replaced_on_request(moebius, folder, model):
     assert Path("out.png").read_bytes() == b"precious"
     assert moebius(*arguments, "--overwrite")[0] == 0
     assert Image.open("out.png").size == SIZE
+
+
+def test_black_mask_leaves_the_photo_with_a_warning(moebius, folder, model):
+    Image.new("L", SIZE).save("black.png")
+    code, out, err = moebius("inpaint", "photo.png", "black.png", "-o", "out.png", "--model", model, "--steps", 2)
+    assert (code, out, len(err)) == (0, ["out.png"], 1)
+    assert err[0].startswith("moebius: warning: ") and "black.png" in err[0]
+    assert np.array_equal(Image.open("photo.png"), Image.open("out.png"))
 
 
 def test_output_in_a_folder_has_the_name_of_the_photo(moebius, folder, model):
@@ -450,6 +459,15 @@ def test_help_shows_an_example(moebius, command):
 
 def test_version(moebius):
     assert moebius("--version") == (0, [f"moebius {diffusers_moebius.__version__}"], [])
+
+
+def test_conversion_without_the_hub_is_one_line(moebius, folder, parity_dir, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "cache"))
+    source, config = parity_dir / "student_tiny.safetensors", parity_dir / "student_tiny.json"
+    code, out, err = moebius("convert", source, "converted", "--config", config)
+    assert (code, out, len(err)) == (2, [], 1) and "hustvl/PixelHacker" in err[0]
+    assert not Path("converted").exists()
 
 
 def test_closed_pipe_ends_quietly():

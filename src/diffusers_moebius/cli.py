@@ -441,6 +441,8 @@ def _inpaint_job(
     from .image_processing import load_pictures
 
     photo, mask, metadata = _read_job(job, mask_threshold, overwrite)
+    if not mask.getbbox():
+        _note(f"warning: nothing in {job.masks[0]} is white, so {job.photo} stays as it is")
     pipeline.set_progress_bar_config(desc=job.photo.name, disable=None)
     try:
         # From the processor's generator, so that a seed means the same picture on every device.
@@ -463,7 +465,6 @@ def _inpaint_job(
 def _load_pipeline(
     model: str, checkpoint: str | None, device: str, dtype: DType, scheduler: Scheduler | None = None
 ) -> "MoebiusInpaintPipeline":
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # It warns of parts that are not needed here.
     import diffusers
     import torch
 
@@ -476,13 +477,11 @@ def _load_pipeline(
         torch_dtype = getattr(torch, dtype.value)
     source = bundled_checkpoint(model) if model == DEFAULT_MODEL else model
     diffusers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)  # What goes wrong is said once, by the error.
     try:
         pipeline = MoebiusInpaintPipeline.from_pretrained(source, checkpoint=checkpoint, dtype=torch_dtype)
     except Exception as error:  # Broken weights, an unreachable hub and an odd config all raise errors of their own.
         raise ValueError(f"The model {model} cannot be loaded: {error}") from error
     finally:
-        logging.disable(logging.NOTSET)
         diffusers.utils.logging.enable_progress_bar()
     if scheduler is not None:
         scheduler_class = getattr(diffusers, SCHEDULER_CLASSES[scheduler])
@@ -577,7 +576,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """
     try:
         with warnings.catch_warnings():
-            # What the libraries below warn of is nothing that the command's user can change.
+            # What the libraries below say is nothing that the command's user can change; errors say what is wrong.
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            logging.disable(logging.WARNING)
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module="diffusers_moebius")
             warnings.showwarning = lambda message, *_args, **_kwargs: _note(f"warning: {_one_line(message)}")
@@ -600,4 +601,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         _note(f"error: {_one_line(message)}")
         code = 2
+    finally:
+        logging.disable(logging.NOTSET)
     sys.exit(code)
