@@ -156,9 +156,9 @@ def test_options_reach_the_pipeline(moebius, folder, model, monkeypatch):
     moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model)
     defaults = {key: calls[0][key] for key in calls[0].keys() - {"image", "mask_image", "generator"}}
     assert defaults == {
-        "num_inference_steps": 20,
+        "num_inference_steps": None,
         "guidance_scale": None,
-        "strength": 0.99,
+        "strength": None,
         "padding_mask_crop": 64,
         "mask_dilation": 0,
         "paste": "exact",
