@@ -441,8 +441,6 @@ def _inpaint_job(
     from .image_processing import load_pictures
 
     photo, mask, metadata = _read_job(job, mask_threshold, overwrite)
-    if not mask.getbbox():
-        _note(f"warning: nothing in {job.masks[0]} is white, so {job.photo} stays as it is")
     pipeline.set_progress_bar_config(desc=job.photo.name, disable=None)
     try:
         # From the processor's generator, so that a seed means the same picture on every device.
@@ -452,6 +450,8 @@ def _inpaint_job(
         raise ValueError(
             f"{job.photo} takes more memory than the device has; `--device cpu` may have more."
         ) from error
+    if not mask.getbbox():
+        _note(f"warning: nothing in {job.masks[0]} is white, so {job.photo} stays as it is")
     write_image(result, job.output, metadata, overwrite)
     if job.preview is None:
         return [job.output]
