@@ -118,6 +118,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of `--pretrained_model_name_or_path` and `--unet_config`")
     if args.unet_config is not None and args.vae is None:
         parser.error("`--unet_config` starts from scratch and needs `--vae`")
+    if args.train_timesteps and not all(0 <= timestep < 1000 for timestep in args.train_timesteps):
+        parser.error(f"`--train_timesteps` must be from 0 to 999, but are {args.train_timesteps}")
     if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
         parser.error(
             "`--rescale_betas_zero_snr` needs `--prediction_type v_prediction`: pure noise says nothing of noise"
@@ -491,12 +493,15 @@ def main(arguments: list[str] | None = None) -> None:
         bare = accelerator.unwrap_model(model)
         if ema is not None:
             ema.copy_to(bare.parameters())
-        batches = iter(loader_from(step * accumulation))
-        recalibrate_batch_norm(
-            bare,
-            lambda number: compute_loss(args, bare, scheduler, prepare_batch(next(batches)), generator_for(number)),
-            50,
-        )
+        if not args.freeze_batch_norm:
+            batches = iter(loader_from(step * accumulation))
+            recalibrate_batch_norm(
+                bare,
+                lambda number: compute_loss(
+                    args, bare, scheduler, prepare_batch(next(batches)), generator_for(number)
+                ),
+                50,
+            )
         save_pipeline_parts(bare, scheduler, output_dir)
         logger.info("wrote unet, lcg_embedder and scheduler to %s", output_dir)
     accelerator.end_training()

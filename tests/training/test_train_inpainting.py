@@ -198,6 +198,26 @@ def test_timesteps_follow_their_options(script, command):
     assert timesteps[timesteps < 999].float().mean() == pytest.approx(750, abs=15)  # the mean of u^(1/3)
 
 
+def test_only_the_chosen_timesteps_are_trained(script, command):
+    options = ["--output_dir=x", "--train_timesteps", "749", "249", "--last_timestep_probability=0.5"]
+    timesteps = script.sample_timesteps(
+        script.parse_args([*command, *options]), 2000, 999, torch.Generator().manual_seed(0)
+    )
+    shares = {int(value): (timesteps == value).float().mean().item() for value in timesteps.unique()}
+    assert shares == pytest.approx({249: 0.25, 749: 0.25, 999: 0.5}, abs=0.05)
+
+
+def test_frozen_batch_norm_keeps_its_statistics_through_a_run(script, command, tmp_path):
+    out = tmp_path / "out"
+    options = [f"--output_dir={out}", "--max_train_steps=3", f"--cache_latents={tmp_path / 'cache'}"]
+    script.main([*command, *options, "--freeze_batch_norm"])
+    frozen = weights(out)
+    means = [value for name, value in frozen.items() if name.endswith("running_mean")]
+    assert means and not any(mean.any() for mean in means)  # as they were initialised
+    script.main([*command, *options])
+    assert any(value.any() for name, value in weights(out).items() if name.endswith("running_mean"))
+
+
 @pytest.mark.parametrize(
     "removed, added, named",
     [
@@ -205,6 +225,7 @@ def test_timesteps_follow_their_options(script, command):
         ("--vae", [], "--vae"),
         ("--prediction_type", [], "--rescale_betas_zero_snr"),
         (None, ["--mask_presets=huge"], "--mask_presets"),
+        (None, ["--train_timesteps", "1000"], "--train_timesteps"),
         (None, ["--resume_from_checkpoint=nowhere"], "`resume_from_checkpoint`"),
     ],
 )
