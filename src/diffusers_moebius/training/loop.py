@@ -1,0 +1,377 @@
+"""What every training script does around its loss: batches, optimiser steps, checkpoints, logs and the result."""
+
+import argparse
+import csv
+import json
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm.auto import tqdm
+
+from .checkpoints import checkpoint_step, complete_checkpoint, find_checkpoint, partial_checkpoint
+from .components import set_train_mode
+from .data import ResumableBatchSampler
+from .objective import sample_generators
+
+logger = logging.getLogger(__name__)
+# So many steps without a finite loss end a run: it does not come back from there.
+MAX_SKIPPED_IN_ROW = 10
+
+
+class TrainingLoop:
+    """
+    The loop of a training script.
+
+    ```py
+    loop = TrainingLoop(args, "my-project")
+    model = loop.prepare(model, optimizer, lr_scheduler)
+    for batch, generators in loop.batches(dataset):
+        with loop.accumulate():
+            loss = ...
+            loop.optimize(loss, {"loss": loss})
+        if loop.is_due(args.validation_steps):
+            ...
+    ```
+
+    A step whose loss or gradient is not finite in any process is skipped in all of them: the weights, their average
+    and BatchNorm's statistics stay as they were. After ten of them in a row the run ends with a checkpoint of that
+    state.
+
+    SIGTERM and Ctrl-C end the loop after the present step, with a checkpoint; a second Ctrl-C at once.
+
+    Args:
+        args (`argparse.Namespace`): See `training.arguments`.
+        project (`str`): Name of the run for the trackers.
+
+    Attributes:
+        accelerator (`Accelerator`): Of accelerate.
+        step (`int`): Optimiser steps done, skipped ones included.
+        skipped (`int`): Steps skipped.
+        finished (`bool`): Whether all steps are done.
+    """
+
+    def __init__(self, args: argparse.Namespace, project: str):
+        self.args = args
+        self.output_dir = Path(args.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / args.logging_dir)
+            ),
+            step_scheduler_with_optimizer=False,
+        )
+        if args.allow_tf32:
+            torch.set_float32_matmul_precision("high")
+        set_seed(args.seed)
+        if self.is_main:
+            (self.output_dir / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        if args.report_to:
+            settings = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str)}
+            self.accelerator.init_trackers(project, settings)
+        self.step = self.skipped = self._skipped_in_row = self._resumed_from = 0
+        self.stop_requested = False
+        self.ema: EMAModel | None = None
+        self._broken = False
+        self._sums: dict[str, float] = {}
+        self._counts = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.args.max_train_steps
+
+    def prepare(
+        self, model: nn.Module, optimizer, lr_scheduler, save_parts: Callable[[nn.Module, Path], None]
+    ) -> nn.Module:
+        """
+        Wraps what is trained for the processes, and goes on from a checkpoint if that is asked for.
+
+        Args:
+            model (`torch.nn.Module`): One module with all that is trained.
+            optimizer: Its optimiser.
+            lr_scheduler: Its schedule, counted in steps of the run.
+            save_parts (callable): Writes the bare model (with averaged weights, if there are any) into a checkpoint
+                folder, ready to be used.
+
+        Returns:
+            `torch.nn.Module`: The model to call.
+        """
+        args = self.args
+        if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, lr_scheduler)
+        self.save_parts = save_parts
+        if args.use_ema:
+            # The warm-up (1 + n) / (10 + n) lets a short run follow its weights at first.
+            self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay)
+            self.ema.to(self.accelerator.device)
+            self.accelerator.register_for_checkpointing(self.ema)
+        self.accelerator.register_for_checkpointing(self)
+        if args.resume_from_checkpoint:
+            folder = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
+            if folder is None:
+                logger.info("no checkpoint in %s: starting anew", self.output_dir)
+            else:
+                self.accelerator.load_state(str(folder))
+                self.step = self._resumed_from = checkpoint_step(folder)
+                logger.info("resuming from %s", folder)
+        if self.is_main:
+            self._open_log()
+        self._remember_buffers()
+        return self.model
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without what accelerate wrapped around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
+
+    # What accelerate stores with a checkpoint.
+    def state_dict(self) -> dict:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped = state["skipped"]
+
+    def loader_from(self, dataset, first_batch: int) -> torch.utils.data.DataLoader:
+        """Batches of this process from a number on, without end."""
+        sampler = ResumableBatchSampler(
+            len(dataset),
+            self.args.train_batch_size,
+            self.args.seed,
+            first_batch,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        return torch.utils.data.DataLoader(
+            dataset, batch_sampler=sampler, num_workers=self.args.dataloader_num_workers
+        )
+
+    def generators_for(self, batch_number: int, count: int) -> list[torch.Generator]:
+        """The generators of the samples of this process's batch with a number."""
+        position = batch_number * self.accelerator.num_processes + self.accelerator.process_index
+        return sample_generators(self.args.seed, position * self.args.train_batch_size, count)
+
+    def numbered_batches(self, dataset, first_batch: int) -> Iterator[tuple[dict, list[torch.Generator]]]:
+        """Batches on the device with the generators of their samples, from a number on."""
+        for number, batch in enumerate(self.loader_from(dataset, first_batch), first_batch):
+            batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            yield batch, self.generators_for(number, len(next(iter(batch.values()))))
+
+    def batches(self, dataset) -> Iterator[tuple[dict, list[torch.Generator]]]:
+        """Yields batches with the generators of their samples until all steps are done or a stop is requested."""
+        args = self.args
+        set_train_mode(self.model, args.freeze_batch_norm)
+        self._progress = tqdm(initial=self.step, total=args.max_train_steps, disable=not self.is_main, mininterval=10)
+        with self._progress, self._stopping_at_signals():
+            batches = self.numbered_batches(dataset, self.step * args.gradient_accumulation_steps)
+            while not self.finished and not self.stop_requested:
+                yield next(batches)
+        if self.skipped:
+            logger.warning("%d of %d steps were skipped: their loss was not finite", self.skipped, self.step)
+        if not self.finished:
+            logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", self.step)
+
+    @contextmanager
+    def _stopping_at_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {}
+
+        def request_stop(number, frame):
+            self.stop_requested = True
+            signal.signal(number, previous[number])
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, request_stop)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def accumulate(self):
+        """The context of one batch: gradients are shared between processes at the last batch of a step only."""
+        return self.accelerator.accumulate(self.model)
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over the processes."""
+        return self.accelerator.reduce(tensor, "mean") if self.accelerator.num_processes > 1 else tensor
+
+    def optimize(self, loss: torch.Tensor, logged: dict[str, torch.Tensor | float]) -> None:
+        """
+        Adds the gradient of a loss and, at the last batch of a step, moves the weights.
+
+        Args:
+            loss (`torch.Tensor`): Scalar.
+            logged (`dict`): Scalars whose means are written to `loss.csv` and the trackers.
+        """
+        accelerator, args = self.accelerator, self.args
+        flags = torch.tensor([float(not torch.isfinite(loss)), float(self.stop_requested)])
+        flags = self.reduce(flags.to(accelerator.device)).cpu()
+        self._broken = self._broken or bool(flags[0])
+        if not self._broken:
+            accelerator.backward(loss)
+            for name, value in logged.items():
+                self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            self._counts += 1
+        if not accelerator.sync_gradients:
+            return
+
+        if not self._broken:
+            norm = accelerator.clip_grad_norm_(self.trained_parameters, args.max_grad_norm)
+            # In float16 the scaler looks for overflow itself, skips the step and lowers its scale.
+            self._broken = args.mixed_precision != "fp16" and not math.isfinite(norm)
+        if self._broken:
+            self.skipped += 1
+            self._skipped_in_row += 1
+            logger.warning("step %d skipped: its loss or gradient is not finite", self.step + 1)
+            self._restore_buffers()
+        else:
+            self._skipped_in_row = 0
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.step(self.trained_parameters)
+            self._remember_buffers()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        self._broken = False
+        self.step += 1
+        self._progress.update()
+        self.stop_requested = self.stop_requested or bool(flags[1])
+        if self.step % args.logging_steps == 0:
+            self._log()
+        hopeless = self._skipped_in_row >= MAX_SKIPPED_IN_ROW
+        if self.step % args.checkpointing_steps == 0 or self.stop_requested or self.finished or hopeless:
+            self.save_checkpoint()
+        if hopeless:
+            raise RuntimeError(
+                f"The loss or its gradient was not finite in {MAX_SKIPPED_IN_ROW} steps in a row, up to step"
+                f" {self.step}. The weights in checkpoint-{self.step} are those of the last good step,"
+                f" {self.step - MAX_SKIPPED_IN_ROW}. Look for broken samples, or go on with a lower `--learning_rate`"
+                " or without `--mixed_precision`."
+            )
+
+    def is_due(self, every: int) -> bool:
+        """Whether a step has just been completed whose number is a multiple of `every`."""
+        return self.accelerator.sync_gradients and self.step % every == 0
+
+    def _remember_buffers(self) -> None:
+        # Running statistics, which a forward pass with a NaN spoils before anybody sees the loss.
+        self._buffers = {
+            name: buffer.detach().clone()
+            for name, buffer in self.model.named_buffers()
+            if name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+        }
+
+    @torch.no_grad()
+    def _restore_buffers(self) -> None:
+        buffers = dict(self.model.named_buffers())
+        for name, value in self._buffers.items():
+            buffers[name].copy_(value)
+
+    def _open_log(self) -> None:
+        # Rows beyond the step that a resumed run goes on from belong to what is done again.
+        self.log_file = self.output_dir / "loss.csv"
+        rows = self.log_rows()
+        kept = [row for row in rows if int(row["step"]) <= self.step] if self.step else []
+        self.log_file.unlink(missing_ok=True)
+        for row in kept:
+            self._write_row(row)
+
+    def log_rows(self) -> list[dict[str, str]]:
+        """The rows of `loss.csv`."""
+        if not self.log_file.exists():
+            return []
+        with self.log_file.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _write_row(self, row: dict) -> None:
+        is_new = not self.log_file.exists()
+        with self.log_file.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row.keys())
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def _log(self) -> None:
+        if not self._counts:  # every step since the last time was skipped
+            return
+        means = torch.tensor([value / self._counts for value in self._sums.values()])
+        means = self.reduce(means.to(self.accelerator.device)).tolist()
+        values = dict(zip(self._sums, means)) | {"lr": self.lr_scheduler.get_last_lr()[0], "skipped": self.skipped}
+        if self.is_main:
+            self._write_row({"step": self.step} | {name: f"{value:.6g}" for name, value in values.items()})
+            self._progress.set_postfix({name: f"{value:.4g}" for name, value in values.items() if name != "skipped"})
+        self.accelerator.log(values, step=self.step)
+        self._sums, self._counts = {}, 0
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[nn.Module]:
+        """The bare model with its averaged weights, if there are any; afterwards it has its own again."""
+        model = self.bare_model
+        if self.ema is None:
+            yield model
+            return
+        parameters = self.trained_parameters
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield model
+        finally:
+            self.ema.restore(parameters)
+
+    def save_checkpoint(self) -> None:
+        """Writes `checkpoint-STEP`; the folder has this name only once all of it is there."""
+        if self.is_main:
+            partial = partial_checkpoint(self.output_dir, self.step)
+            partial.mkdir()
+        self.accelerator.wait_for_everyone()
+        partial = self.output_dir / f"partial-{self.step}"
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            with self.averaged_weights() as model:
+                self.save_parts(model, partial)
+            logger.info("wrote %s", complete_checkpoint(partial, self.args.checkpoints_total_limit))
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def validation(self) -> Iterator[nn.Module]:
+        """The bare model with averaged weights in evaluation mode; afterwards it is as before."""
+        with self.averaged_weights() as model:
+            model.eval()
+            try:
+                yield model
+            finally:
+                set_train_mode(self.model, self.args.freeze_batch_norm)
+
+    def log_images(self, images: dict, step: int) -> None:
+        """Sends pictures (PIL) to the trackers that take some."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                arrays = {name: np.asarray(image)[None] for name, image in images.items()}
+                tracker.log_images(arrays, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: [image] for name, image in images.items()}, step=step)

@@ -1,0 +1,105 @@
+"""What a run leaves behind: the model card with its command, data and curves, and the upload."""
+
+import argparse
+import logging
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, create_repo
+
+from .checkpoints import list_checkpoints
+from .loop import TrainingLoop
+
+logger = logging.getLogger(__name__)
+PACKAGES = ("diffusers-moebius", "diffusers", "torch", "accelerate")
+
+
+def plot_curves(rows: list[dict[str, str]], path: Path) -> bool:
+    """Draws the columns of `loss.csv` over the steps, if matplotlib is installed; returns whether it did."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.info("no curves in the model card: they need matplotlib (`pip install diffusers-moebius[train]`)")
+        return False
+    names = [name for name in rows[0] if name not in ("step", "lr", "skipped")] if rows else []
+    if not names:
+        return False
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [int(row["step"]) for row in rows]
+    for name in names:
+        axes.plot(steps, [float(row[name]) for row in rows], label=name)
+    axes.set_xlabel("step")
+    if all(float(row[name]) > 0 for row in rows for name in names):
+        axes.set_yscale("log")
+    axes.legend()
+    figure.savefig(path)
+    return True
+
+
+def training_section(loop: TrainingLoop, data: str, scores: dict[str, float]) -> str:
+    """The part of a model card that says how the weights came about, in Markdown."""
+    args = loop.args
+    words = [Path(sys.argv[0]).name, *_arguments_without_paths_of_this_machine(args)]
+    lines = [
+        "## Training",
+        "",
+        f"{loop.step:,} steps of {args.train_batch_size * args.gradient_accumulation_steps} samples on each of"
+        f" {loop.accelerator.num_processes} processes ({loop.accelerator.device.type},"
+        f" mixed precision: {args.mixed_precision}), {loop.skipped} of them skipped. Data: {data}.",
+        "",
+        "```bash",
+        "accelerate launch " + " ".join(shlex.quote(word) for word in words),
+        "```",
+        "",
+        "Versions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES) + ".",
+    ]
+    if scores:
+        lines += [
+            "",
+            "| validation | |",
+            "|---|---|",
+            *(f"| {name} | {value:.4f} |" for name, value in scores.items()),
+        ]
+    if plot_curves(loop.log_rows(), loop.output_dir / "loss.png"):
+        lines += ["", "![curves](loss.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _arguments_without_paths_of_this_machine(args: argparse.Namespace) -> list[str]:
+    """The arguments that differ from None and False; of an absolute path only the last part."""
+    words = []
+    for name, value in vars(args).items():
+        if value is None or value is False or name in ("resume_from_checkpoint",):
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(Path(str(v)).name if Path(str(v)).is_absolute() else str(v) for v in values)]
+    return words
+
+
+def add_to_card(folder: Path, section: str) -> None:
+    """Puts a section in front of the licence of the model card in a folder, or at the end of a card without one."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8")
+    marker = "\n## Licence\n"
+    head, found, tail = text.partition(marker)
+    ModelCard(f"{head}\n{section}{found}{tail}", ignore_metadata_errors=True).save(path)
+
+
+def push_results(loop: TrainingLoop) -> None:
+    """Uploads the folder of the run without its checkpoints and logs, if `push_to_hub` is set."""
+    args = loop.args
+    if not (args.push_to_hub and loop.is_main):
+        return
+    name = args.hub_model_id or loop.output_dir.resolve().name
+    repo_id = create_repo(name, private=args.hub_private, exist_ok=True).repo_id
+    ignored = [f"{folder.name}/*" for folder in list_checkpoints(loop.output_dir)]
+    HfApi().upload_folder(
+        repo_id=repo_id,
+        folder_path=loop.output_dir,
+        commit_message=f"Training, {loop.step} steps",
+        ignore_patterns=[*ignored, "partial-*/*", f"{args.logging_dir}/*", "args.json"],
+    )
+    logger.info("uploaded to %s", repo_id)
