@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import math
-import shutil
 import signal
 from pathlib import Path
 
@@ -27,6 +26,12 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from diffusers_moebius.training.checkpoints import (
+    checkpoint_step,
+    complete_checkpoint,
+    find_checkpoint,
+    partial_checkpoint,
+)
 from diffusers_moebius.training.data import PictureReader, picture_to_tensor, random_resized_crop
 from diffusers_moebius.training.masks import MASK_PRESETS, random_mask
 from diffusers_moebius.training.optimizers import Muon, muon_parameter_groups
@@ -167,12 +172,6 @@ def write_grid(vae: AutoencoderTiny, teacher: AutoencoderTiny, pixels: torch.Ten
     Image.fromarray(array).save(path)
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints, oldest first: a folder gets its final name only once all of it is written."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -234,20 +233,12 @@ def main(arguments: list[str] | None = None) -> None:
     # resume
     step = 0
     if args.resume_from_checkpoint:
-        if args.resume_from_checkpoint == "latest":
-            found = list_checkpoints(output_dir)
-            folder = found[-1] if found else None
-        else:
-            folder = Path(args.resume_from_checkpoint)
-            if not folder.is_dir():
-                raise ValueError(
-                    f"`resume_from_checkpoint` must be a folder or `latest`, but {str(folder)!r} is neither."
-                )
+        folder = find_checkpoint(output_dir, args.resume_from_checkpoint)
         if folder is None:
             logger.info("no checkpoint in %s: starting anew", output_dir)
         else:
             accelerator.load_state(str(folder))
-            step = int(folder.name.split("-")[1])
+            step = checkpoint_step(folder)
             logger.info("resuming from %s", folder)
 
     # Batches depend on seed and step; a resumed run fills its pool anew, with crops that it has not seen.
@@ -296,18 +287,14 @@ def main(arguments: list[str] | None = None) -> None:
         if accelerator.is_main_process and (step % args.validation_steps == 0 or last):
             write_grid(vae, teacher, validation_pixels, output_dir / f"grid-{step:06d}.png")
         if step % args.checkpointing_steps == 0 or last:
-            target, partial = output_dir / f"checkpoint-{step}", output_dir / f"partial-{step}"
             if accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
+                partial_checkpoint(output_dir, step)
             accelerator.wait_for_everyone()
+            partial = output_dir / f"partial-{step}"
             accelerator.save_state(str(partial))
             if accelerator.is_main_process:
                 vae.save_pretrained(partial / "vae")
-                shutil.rmtree(target, ignore_errors=True)
-                partial.rename(target)
-                # Old ones go only now that the new one is complete.
-                for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
-                    shutil.rmtree(old)
+                complete_checkpoint(partial, args.checkpoints_total_limit)
             accelerator.wait_for_everyone()
     for number, handler in previous_handlers.items():
         signal.signal(number, handler)

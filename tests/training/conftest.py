@@ -1,11 +1,17 @@
-"""Small made-up photos, as folders and as shards."""
+"""Small made-up photos, as folders and as shards, and the arguments of small training runs."""
 
 import io
+import json
 import tarfile
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderTiny
+from lpips_weights import make_weights
 from PIL import Image
+from runs import UNET
+from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -32,3 +38,43 @@ def shard(photo_dir, tmp_path):
         for name in ("00.json", "00.mask.png"):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
     return path
+
+
+@pytest.fixture
+def vae_dir(tmp_path):
+    torch.manual_seed(0)
+    widths = (4, 4, 4, 4)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.fixture
+def command(tmp_path, vae_dir, photo_dir):
+    """Arguments of a small run from scratch; more can be appended."""
+    config = tmp_path / "unet.json"
+    config.write_text(json.dumps(UNET))
+    options = {
+        "unet_config": config,
+        "vae": vae_dir,
+        "train_data_dir": photo_dir,
+        "resolution": 32,
+        "train_batch_size": 4,
+        "lr_warmup_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "prediction_type": "v_prediction",
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    return [*arguments, "--rescale_betas_zero_snr", "--use_ema"]
+
+
+@pytest.fixture
+def lpips_file(tmp_path):
+    save_file(make_weights("alex"), tmp_path / "lpips.safetensors")
+    return tmp_path / "lpips.safetensors"

@@ -1,94 +1,17 @@
-import csv
-import importlib.util
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
 from PIL import Image
-from safetensors.torch import load_file
+from runs import UNET, assert_equal_weights, load_script, read_log, weights
 
 from diffusers_moebius.models.latent_categories import LatentCategoriesEmbedder
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
-from diffusers_moebius.training.checkpoints import list_checkpoints
-
-SCRIPT = Path(__file__).parents[2] / "training" / "train_inpainting.py"
-UNET = {
-    "sample_size": 4,
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "num_attention_heads": 2,
-    "cross_attention_dim": 8,
-    "encoder_hid_dim": 8,
-    "context_length": 3,
-    "local_window_size": 3,
-    "norm_num_groups": 4,
-}
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_inpainting", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def vae_dir(tmp_path):
-    torch.manual_seed(0)
-    widths = (4, 4, 4, 4)
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=widths,
-        decoder_block_out_channels=widths,
-        num_encoder_blocks=(1, 1, 1, 1),
-        num_decoder_blocks=(1, 1, 1, 1),
-    )
-    vae.save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
-
-
-@pytest.fixture
-def command(tmp_path, vae_dir, photo_dir):
-    """Arguments of a small run from scratch; more can be appended."""
-    config = tmp_path / "unet.json"
-    config.write_text(json.dumps(UNET))
-    options = {
-        "unet_config": config,
-        "vae": vae_dir,
-        "train_data_dir": photo_dir,
-        "resolution": 32,
-        "train_batch_size": 4,
-        "lr_warmup_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 2,
-        "prediction_type": "v_prediction",
-    }
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    return [*arguments, "--rescale_betas_zero_snr", "--use_ema"]
-
-
-def weights(folder):
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def read_log(folder):
-    with (folder / "loss.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def assert_equal_weights(first, second):
-    first, second = weights(first), weights(second)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    return load_script("train_inpainting")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -146,43 +69,6 @@ def test_fine_tuning_a_pipeline_from_shards_with_validation(script, tmp_path, va
     before, after = weights(source), weights(out)
     assert before.keys() == after.keys()
     assert not torch.equal(before["conv_out.conv_pw.weight"], after["conv_out.conv_pw.weight"])
-
-
-def test_old_checkpoints_are_pruned_by_number(script, command, tmp_path):
-    out = tmp_path / "out"
-    (out / "partial-2").mkdir(parents=True)  # what a killed run leaves behind
-    (out / "partial-2" / "junk").write_text("")
-    script.main(
-        [
-            *command,
-            f"--output_dir={out}",
-            "--max_train_steps=11",
-            "--checkpointing_steps=1",
-            "--checkpoints_total_limit=2",
-        ]
-    )
-    assert sorted(path.name for path in out.glob("*-*")) == ["checkpoint-10", "checkpoint-11"]
-
-
-def test_sigterm_leaves_a_complete_checkpoint(script, command, tmp_path):
-    out = tmp_path / "out"
-    command = [*command, f"--output_dir={out}", "--logging_steps=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, SCRIPT, *command, "--max_train_steps=1000000"], env=environment)
-    try:
-        deadline = time.monotonic() + 120
-        while not (out / "loss.csv").exists() and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-    (checkpoint,) = list_checkpoints(out)
-    step = int(checkpoint.name.split("-")[1])
-    assert not list(out.glob("partial-*")) and not (out / "unet").exists()
-    script.main([*command, f"--max_train_steps={step + 1}", "--resume_from_checkpoint=latest"])
-    assert [int(row["step"]) for row in read_log(out)] == list(range(1, step + 2))
 
 
 def test_frozen_batch_norm_keeps_its_statistics_through_a_run(script, command, tmp_path):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from lpips_weights import make_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_perceptual import make_weights
 
+from diffusers_moebius.training.checkpoints import list_checkpoints
 from diffusers_moebius.training.data import PictureReader
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_tiny_vae.py"
@@ -83,7 +84,7 @@ def test_a_stopped_run_goes_on(script, arguments, tmp_path):
     script.main([*arguments, "--max_train_steps", "7", "--resume_from_checkpoint", "latest"])
     assert losses(tmp_path)[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
     # Two are kept, sorted by number.
-    assert [path.name for path in script.list_checkpoints(tmp_path / "run")] == ["checkpoint-6", "checkpoint-7"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6", "checkpoint-7"]
     assert not list((tmp_path / "run").glob("partial-*"))
 
 

@@ -53,6 +53,7 @@ def distillation_losses(
     use_coarse: bool = True,
     use_fine: bool = True,
     use_task: bool = True,
+    weight: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     The losses of one distillation step, unweighted.
@@ -67,6 +68,8 @@ def distillation_losses(
         use_coarse (`bool`, defaults to `True`): Compare features of student and teacher.
         use_fine (`bool`, defaults to `True`): Compare predictions of student and teacher.
         use_task (`bool`, defaults to `True`): Compare the prediction with its target.
+        weight (`torch.Tensor` of shape `[B, 1, H, W]`, *optional*): Weight of the squared errors of `task` and `fine`;
+            the paper has none.
 
     Returns:
         `dict[str, torch.Tensor]`: Scalars under `coarse`, `task`, `fine` and `perceptual`, in float32.
@@ -74,6 +77,11 @@ def distillation_losses(
     Raises:
         ValueError: If the features that `coarse` compares differ in shape.
     """
+
+    def squared_error(prediction, other):
+        error = (prediction.float() - other.float()).square()
+        return (error if weight is None else weight * error).mean()
+
     losses = {}
     if use_coarse:
         student, teacher = student_output.hidden_states[STUDENT_BLOCK], teacher_output.hidden_states[TEACHER_BLOCK]
@@ -84,9 +92,9 @@ def distillation_losses(
             )
         losses["coarse"] = F.mse_loss(student.float(), teacher.float())
     if use_task:
-        losses["task"] = F.mse_loss(student_output.sample.float(), target.float())
+        losses["task"] = squared_error(student_output.sample, target)
     if use_fine:
-        losses["fine"] = F.mse_loss(student_output.sample.float(), teacher_output.sample.float())
+        losses["fine"] = squared_error(student_output.sample, teacher_output.sample)
     if perceptual_loss is not None:
         losses["perceptual"] = perceptual_loss(student_clean_latents, clean_latents).mean()
     return losses

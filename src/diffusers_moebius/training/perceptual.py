@@ -1,6 +1,7 @@
-"""LPIPS: how different two pictures look, measured in the features of a classifier."""
+"""LPIPS: how different two pictures, or the latents of two, look, measured in the features of a classifier."""
 
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -156,3 +157,63 @@ def distance_map(distances: list[torch.Tensor], size: tuple[int, int]) -> torch.
         `torch.Tensor` of shape `[B, height, width]`.
     """
     return sum(F.interpolate(layer[:, None], size=size, mode="bilinear")[:, 0] for layer in distances)
+
+
+class ELatentLPIPSLoss(nn.Module):
+    """
+    E-LatentLPIPS of its own package: LPIPS on latents, over random shifts and flips of them (arXiv 2405.05967).
+
+    The package `elatentlpips` (extra `perceptual`; its licence forbids commercial use) downloads its weights into the
+    folder `ckpt` of the working directory.
+
+    Args:
+        encoder (`str`, defaults to `"sdxl"`): The autoencoder of the latents: `"sd15"`, `"sd21"` or `"sdxl"`.
+
+    Raises:
+        ImportError: If the package cannot be imported.
+        OSError: If its weights cannot be downloaded.
+    """
+
+    def __init__(self, encoder: str = "sdxl"):
+        super().__init__()
+        instead = "or leave the perceptual loss out with `--perceptual_loss none`"
+        try:
+            from elatentlpips import ELatentLPIPS
+        except ImportError as error:
+            raise ImportError(
+                "`--perceptual_loss elatentlpips` needs the package elatentlpips"
+                f" (`pip install diffusers-moebius[perceptual]`), which cannot be imported: {error}. Install it,"
+                f" {instead}."
+            ) from error
+        try:
+            self.metric = ELatentLPIPS(encoder=encoder, augment="bg", verbose=False).requires_grad_(False)
+        except (URLError, OSError) as error:
+            raise OSError(
+                f"The weights of E-LatentLPIPS cannot be loaded ({error}). Put them into the folder `ckpt`, {instead}."
+            ) from error
+
+    def forward(self, latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Compares scaled latents `[B, C, h, w]`; returns `[B]`."""
+        # `normalize` would scale the latents, which they are already.
+        return self.metric(latents, target, normalize=False, ensembling=True).flatten()
+
+
+class DecodedLPIPS(nn.Module):
+    """
+    LPIPS of the pictures that latents decode to: slower than [`ELatentLPIPSLoss`], but with any autoencoder.
+
+    Args:
+        vae (`AutoencoderKL` or `AutoencoderTiny`): Decodes the latents; a small one will do.
+        lpips ([`LPIPS`]): Compares the pictures.
+    """
+
+    def __init__(self, vae: nn.Module, lpips: LPIPS):
+        super().__init__()
+        self.vae, self.lpips = vae, lpips
+
+    def forward(self, latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Compares scaled latents `[B, C, h, w]`; returns `[B]`."""
+        latents, target = (value / self.vae.config.scaling_factor for value in (latents, target))
+        with torch.no_grad():
+            target_pictures = self.vae.decode(target).sample
+        return self.lpips(self.vae.decode(latents).sample, target_pictures)
