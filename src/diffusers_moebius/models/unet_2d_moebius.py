@@ -41,6 +41,18 @@ class MoebiusUNet2DOutput(BaseOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
+# Both change their first argument, which must be nobody else's, unless a gradient needs it: to be given new memory by
+# the system costs more time than the arithmetic.
+def silu_of(hidden_states: torch.Tensor) -> torch.Tensor:
+    return F.silu(hidden_states, inplace=not torch.is_grad_enabled())
+
+
+def sum_of(hidden_states: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled() or hidden_states.dtype != other.dtype:  # autocast mixes types
+        return hidden_states + other
+    return hidden_states.add_(other)
+
+
 class SeparableConv2d(nn.Module):
     """Depthwise 3x3 convolution, BatchNorm, ReLU, pointwise convolution, BatchNorm; adds its input if widths agree."""
 
@@ -53,8 +65,9 @@ class SeparableConv2d(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        output = self.bn2(self.conv_pw(F.relu(self.bn1(self.conv_dw(hidden_states)))))
-        return output + hidden_states if self.has_skip else output
+        output = F.relu(self.bn1(self.conv_dw(hidden_states)), inplace=True)
+        output = self.bn2(self.conv_pw(output))
+        return sum_of(output, hidden_states) if self.has_skip else output
 
 
 def make_conv(conv_type: str, in_channels: int, out_channels: int) -> nn.Module:
@@ -87,10 +100,10 @@ class MoebiusResnetBlock2D(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         residual = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
-        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
-        hidden_states = hidden_states + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        hidden_states = self.conv2(self.dropout(F.silu(self.norm2(hidden_states))))
-        return residual + hidden_states
+        hidden_states = self.conv1(silu_of(self.norm1(hidden_states)))
+        hidden_states = sum_of(hidden_states, self.time_emb_proj(F.silu(temb))[:, :, None, None])
+        hidden_states = self.conv2(self.dropout(silu_of(self.norm2(hidden_states))))
+        return sum_of(hidden_states, residual)
 
 
 class LocalPositionConv(nn.Conv3d):
@@ -107,6 +120,14 @@ class LocalPositionConv(nn.Conv3d):
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.weight[:, 0, 0], self.bias.view(-1)
+
+
+def to_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states.permute(0, 2, 3, 1).flatten(1, 2)  # [B, C, H, W] -> [B, n, C]
+
+
+def to_grid(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return tokens.transpose(1, 2).reshape(like.shape)
 
 
 class LambdaLayer(ProcessedAttention):
@@ -126,16 +147,16 @@ class LocalLambdaProcessor:
 
     def __call__(self, attn: "LocalLambda", hidden_states: torch.Tensor) -> torch.Tensor:
         batch, _, height, width = hidden_states.shape
-        query, key, value = attn.project(hidden_states)  # [B, h, k, n], [B, k, n], [B, v, n]
-        content_lambda = torch.einsum("bkn,bvn->bkv", key, value)
+        query, key, value = attn.project(hidden_states)  # [B, n, h, k], [B, n, k], [B, n, v]
+        content_lambda = torch.einsum("bnk,bnv->bkv", key, value)
 
         filters, bias = attn.pos_conv()
-        value = value.reshape(-1, 1, height, width)  # [B v, 1, H, W]
+        value = value.transpose(1, 2).reshape(-1, 1, height, width)  # [B v, 1, H, W]
         position_lambda = F.conv2d(value, filters[:, None], bias, padding=filters.shape[-1] // 2)
         position_lambda = position_lambda.view(batch, attn.head_dim, attn.head_dim, -1)  # [B, v, k, n]
 
-        output = torch.einsum("bhkn,bkv->bhvn", query, content_lambda)
-        output = output + torch.einsum("bhkn,bvkn->bhvn", query, position_lambda)
+        output = torch.einsum("bnhk,bkv->bhvn", query, content_lambda)
+        output = output + torch.einsum("bnhk,bvkn->bhvn", query, position_lambda)
         return output.reshape(batch, -1, height, width)
 
 
@@ -145,8 +166,9 @@ class FastLocalLambdaProcessor:
 
     `sum_k Q[h,k,n] sum_d W[k,d] V[v,n+d]` is evaluated as `sum_d (sum_k Q[h,k,n] W[k,d]) V[v,n+d]`. A row of the
     picture is cut into tiles of positions. The inner sum is one matrix product; the filters are zero-padded to the
-    width of a tile's neighbourhood, so that reading the product with a row length one shorter moves the filters of the
-    `x`-th position `x` columns to the right. The outer sum is then one matrix product with the neighbourhood's values.
+    width of a tile's neighbourhood, so that reading the product with one element less a position moves the filters of
+    the `x`-th position `x` columns to the right. The outer sum is then one matrix product with the neighbourhood's
+    values.
 
     Args:
         tile_width (`int`, defaults to 8): Positions in a tile; rows up to twice as wide are one tile. Narrow tiles
@@ -162,7 +184,7 @@ class FastLocalLambdaProcessor:
     def __call__(self, attn: "LocalLambda", hidden_states: torch.Tensor) -> torch.Tensor:
         batch, _, height, width = hidden_states.shape
         heads, dim = attn.num_heads, attn.head_dim
-        query, key, value = attn.project(hidden_states)  # [B, h, k, n], [B, k, n], [B, v, n]
+        query, key, value = attn.project(hidden_states)  # [B, n, h, k], [B, n, k], [B, n, v]
         filters, bias = attn.pos_conv()
         window = filters.shape[-1]
         radius = window // 2
@@ -172,38 +194,41 @@ class FastLocalLambdaProcessor:
         tiles = -(-width // tile)
         right = tiles * tile - width
         span = tile + 2 * radius  # columns that a tile's positions see
-        filters = F.pad(F.pad(filters, (0, span - window)).flatten(1), (0, 1))  # [k, r * span + 1]
+        row = window * span
+        filters = F.pad(F.pad(filters, (0, span - window)).flatten(1), (0, 1))  # [k, row + 1]
 
-        query = F.pad(query.unflatten(-1, (height, width)), (0, right)).unflatten(-1, (tiles, tile))
-        query = query.permute(0, 3, 4, 1, 5, 2).reshape(batch, height, tiles, heads * tile, dim)
+        query = query.unflatten(1, (height, width))
+        if right:
+            query = F.pad(query, (0, 0, 0, 0, 0, right))
+        query = query.reshape(batch, height, tiles, tile * heads, dim)
 
         # The bias of the position filters is the same for every value channel: it belongs to the content lambda.
-        content = key @ value.transpose(1, 2) + bias[:, None]  # [B, k, v]
+        content = key.transpose(1, 2) @ value + bias[:, None]  # [B, k, v]
 
         # A single tile sees the whole row: the columns outside of the picture are zero and are left out.
         columns = (0, 0) if single else (radius, radius + right)
-        value = F.pad(value.unflatten(-1, (height, width)), (*columns, radius, radius)).permute(0, 2, 3, 1)
+        value = F.pad(value.unflatten(1, (height, width)), (0, 0, *columns, radius, radius))
         max_elements = self.max_elements or (2**19 if query.device.type == "cpu" else 2**26)
-        rows = max(1, max_elements // (batch * tiles * heads * tile * window * span))
+        rows = max(1, max_elements // (batch * tiles * heads * tile * row))
         output = []
         for top in range(0, height, rows):
             query_rows = query[:, top : top + rows]
             count = query_rows.shape[1]
-            weights = (query_rows @ filters).unflatten(-2, (heads, tile))  # [B, rows, tiles, h, tile, r * span + 1]
-            weights = weights.flatten(-2)[..., : tile * window * span].unflatten(-1, (tile, window, span))
+            weights = query_rows.reshape(-1, dim) @ filters  # [B rows tiles tile h, row + 1]
+            weights = weights.view(batch * count * tiles, -1)[:, : tile * (heads * (row + 1) - 1)]
+            weights = weights.unflatten(1, (tile, -1)).unfold(2, row, row + 1)  # [B rows tiles, tile, h, row]
             values = value[:, top : top + count + 2 * radius].unfold(1, window, 1)  # [B, rows, columns, v, r]
             if single:
-                weights = weights[..., radius : radius + width]
+                weights = weights.unflatten(-1, (window, span))[..., radius : radius + width]
                 values = values.permute(0, 1, 4, 2, 3).reshape(batch * count, window * width, dim)
             else:
                 values = values.unfold(2, span, tile)  # [B, rows, tiles, v, r, span]
-                values = values.permute(0, 1, 2, 4, 5, 3).reshape(batch * count * tiles, window * span, dim)
-            weights = weights.reshape(batch * count * tiles, heads * tile, -1)
-            sums = torch.bmm(weights, values).view(batch, count, tiles, heads * tile, dim)
-            output.append(sums + (query_rows.flatten(1, 3) @ content).view_as(sums))
-        output = torch.cat(output, 1) if len(output) > 1 else output[0]  # [B, H, tiles, h * tile, v]
-        output = output.unflatten(3, (heads, tile)).permute(0, 1, 2, 4, 3, 5)  # [B, H, tiles, tile, h, v]
-        output = output.reshape(batch, height, tiles * tile, heads * dim)[:, :, :width]
+                values = values.permute(0, 1, 2, 4, 5, 3).reshape(batch * count * tiles, row, dim)
+            weights = weights.reshape(batch * count * tiles, tile * heads, -1)
+            sums = torch.bmm(weights, values).view(batch, -1, dim)
+            output.append(torch.baddbmm(sums, query_rows.reshape(batch, -1, dim), content))
+        output = torch.cat(output, 1) if len(output) > 1 else output[0]  # [B, H tiles tile h, v]
+        output = output.view(batch, height, tiles * tile, heads * dim)[:, :, :width]
         return output.permute(0, 3, 1, 2)  # [B, h v, H, W], channels last in memory
 
 
@@ -230,10 +255,10 @@ class LocalLambda(LambdaLayer):
         self.pos_conv = LocalPositionConv(self.head_dim, window_size)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query = self.norm_q(self.to_q(hidden_states)).flatten(2).unflatten(1, (self.num_heads, -1))  # [B, h, k, n]
-        key = self.to_k(hidden_states).flatten(2)  # [B, k, n]
-        key = key.softmax(-1, dtype=torch.float32).to(key.dtype)
-        value = self.norm_v(self.to_v(hidden_states)).flatten(2)  # [B, v, n]
+        query = to_tokens(self.norm_q(self.to_q(hidden_states))).unflatten(2, (self.num_heads, -1))  # [B, n, h, k]
+        key = to_tokens(self.to_k(hidden_states))  # [B, n, k]
+        key = key.softmax(1, dtype=torch.float32).to(key.dtype)
+        value = to_tokens(self.norm_v(self.to_v(hidden_states)))  # [B, n, v]
         return query, key, value
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -247,13 +272,13 @@ class InteractiveLambdaProcessor:
         self, attn: "InteractiveLambda", hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> torch.Tensor:
         batch, _, height, width = hidden_states.shape
-        query = attn.project_query(hidden_states)  # [B, h, k, n]
+        query = attn.project_query(hidden_states)  # [B, n, h, k]
         key, value = attn.project_context(encoder_hidden_states)  # [B, m, k], [B, m, v]
         embedding = attn.position_embedding(height, width)  # [n, m, k]
         content_lambda = torch.einsum("bmk,bmv->bkv", key, value)
         position_lambda = torch.einsum("nmk,bmv->bnkv", embedding, value)
-        output = torch.einsum("bhkn,bkv->bhvn", query, content_lambda)
-        output = output + torch.einsum("bhkn,bnkv->bhvn", query, position_lambda)
+        output = torch.einsum("bnhk,bkv->bhvn", query, content_lambda)
+        output = output + torch.einsum("bnhk,bnkv->bhvn", query, position_lambda)
         return output.reshape(batch, -1, height, width)
 
 
@@ -268,13 +293,12 @@ class FastInteractiveLambdaProcessor:
         self, attn: "InteractiveLambda", hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> torch.Tensor:
         batch, channels, height, width = hidden_states.shape
-        query = attn.project_query(hidden_states)  # [B, h, k, n]
+        query = attn.project_query(hidden_states)  # [B, n, h, k]
         key, value = attn.project_context(encoder_hidden_states)  # [B, m, k], [B, m, v]
-        embedding = attn.position_embedding(height, width)  # [n, m, k]
-        query = query.permute(3, 0, 1, 2)  # [n, B, h, k]
-        weights = torch.bmm(query.flatten(1, 2), embedding.transpose(1, 2)).unflatten(1, (batch, -1))  # [n, B, h, m]
-        weights = weights + query @ key.transpose(1, 2)
-        output = (weights.transpose(0, 1).flatten(1, 2) @ value).view(batch, height, width, channels)  # (h v) inside
+        embedding = attn.position_embedding(height, width).transpose(1, 2)  # [n, k, m]
+        weights = (query.flatten(1, 2) @ key.transpose(1, 2)).unflatten(1, (-1, attn.num_heads))  # [B, n, h, m]
+        weights = torch.stack([torch.baddbmm(w, q, embedding) for w, q in zip(weights, query)])
+        output = (weights.flatten(1, 2) @ value).view(batch, height, width, channels)  # (h v) inside
         return output.permute(0, 3, 1, 2)
 
 
@@ -314,7 +338,7 @@ class InteractiveLambda(LambdaLayer):
         self.norm_v = nn.BatchNorm1d(self.head_dim)
 
     def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.norm_q(self.to_q(hidden_states)).flatten(2).unflatten(1, (self.num_heads, -1))  # [B, h, k, n]
+        return to_tokens(self.norm_q(self.to_q(hidden_states))).unflatten(2, (self.num_heads, -1))  # [B, n, h, k]
 
     def project_context(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key = self.to_k(encoder_hidden_states)  # [B, m, k]
@@ -347,7 +371,7 @@ class ConvLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.conv(hidden_states)
-        return F.silu(hidden_states) if self.activation else hidden_states
+        return silu_of(hidden_states) if self.activation else hidden_states
 
 
 class MixFeedForward(nn.Module):
@@ -363,15 +387,63 @@ class MixFeedForward(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states, gate = self.depth_conv(self.inverted_conv(hidden_states)).chunk(2, 1)
-        return self.point_conv(hidden_states * F.silu(gate))
+        return self.point_conv(hidden_states * silu_of(gate))
 
 
-def to_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
-    return hidden_states.flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, n, C]
+class PointwiseConv2d(nn.Module):
+    """
+    A 1x1 convolution as a matrix product, without a copy where the input is channels last in memory.
+
+    Args:
+        conv (`torch.nn.Conv2d`): The 1x1 convolution that it replaces.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight.detach().flatten(1), requires_grad=False)
+        self.bias = conv.bias
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_states.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
 
 
-def to_grid(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return tokens.transpose(1, 2).reshape(like.shape)
+class SlicedMixFeedForward(nn.Module):
+    """
+    The Mix-FFN a slice of its hidden channels after another, so that the widest tensors of the model never exist.
+
+    Args:
+        feed_forward ([`MixFeedForward`]): The layer that it replaces.
+        max_elements (`int`, *optional*): Size up to which a slice may grow. By default 2**21 on the CPU, where it then
+            stays in the cache and in memory that the allocator keeps, and 2**28 elsewhere.
+    """
+
+    def __init__(self, feed_forward: MixFeedForward, max_elements: int | None = None):
+        super().__init__()
+        self.max_elements = max_elements
+        self.inverted_conv = PointwiseConv2d(feed_forward.inverted_conv.conv)
+        self.depth_conv = feed_forward.depth_conv.conv
+        self.point_conv = PointwiseConv2d(feed_forward.point_conv.conv)
+
+    def expand(self, tokens: torch.Tensor, channels: slice) -> torch.Tensor:
+        hidden_states = F.linear(tokens, self.inverted_conv.weight[channels], self.inverted_conv.bias[channels])
+        hidden_states = F.silu(hidden_states, inplace=True).permute(0, 3, 1, 2)
+        weight, bias = self.depth_conv.weight[channels], self.depth_conv.bias[channels]
+        return F.conv2d(hidden_states, weight, bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, _, height, width = hidden_states.shape
+        tokens = hidden_states.permute(0, 2, 3, 1)
+        dim, hidden = self.point_conv.weight.shape
+        max_elements = self.max_elements or (2**21 if tokens.device.type == "cpu" else 2**28)
+        count = min(hidden, max(1, -(-hidden * batch * height * width // max_elements)))
+        output = None
+        for i in range(count):
+            start, stop = hidden * i // count, hidden * (i + 1) // count
+            gate = F.silu(self.expand(tokens, slice(hidden + start, hidden + stop)), inplace=True)
+            gated = gate.mul_(self.expand(tokens, slice(start, stop))).flatten(0, 2)
+            weight = self.point_conv.weight[:, start:stop].t()
+            output = gated @ weight if output is None else output.addmm_(gated, weight)
+        return output.view(batch, height, width, dim).permute(0, 3, 1, 2)
 
 
 class MoebiusTransformerBlock(nn.Module):
@@ -415,20 +487,20 @@ class MoebiusTransformerBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         normed = self.normalize(self.norm1, hidden_states)
         if self.self_attention_type == "local_lambda":
-            hidden_states = hidden_states + self.attn1(normed)
+            hidden_states = sum_of(self.attn1(normed), hidden_states)
         else:
             hidden_states = hidden_states + to_grid(self.attn1(to_tokens(normed)), hidden_states)
 
         normed = self.normalize(self.norm2, hidden_states)
         if self.cross_attention_type == "interactive_lambda":
-            hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states)
+            hidden_states = sum_of(self.attn2(normed, encoder_hidden_states), hidden_states)
         else:
             tokens = self.attn2(to_tokens(normed), encoder_hidden_states=encoder_hidden_states)
             hidden_states = hidden_states + to_grid(tokens, hidden_states)
 
         normed = self.normalize(self.norm3, hidden_states)
         if self.feed_forward_type == "mix_ffn":
-            return hidden_states + self.ff(normed)
+            return sum_of(self.ff(normed), hidden_states)
         return hidden_states + to_grid(self.ff(to_tokens(normed)), hidden_states)
 
 
@@ -447,7 +519,7 @@ class MoebiusTransformer2DModel(nn.Module):
         hidden_states = self.proj_in(self.norm(hidden_states))
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, encoder_hidden_states)
-        return self.proj_out(hidden_states) + residual
+        return sum_of(self.proj_out(hidden_states), residual)
 
 
 class MoebiusDownsample2D(nn.Module):
@@ -500,7 +572,9 @@ class SmallGridUpsample2D(nn.Module):
             for a in (0, 1)
             for b in (0, 1)
         ]
-        return F.pixel_shuffle(torch.stack(parts, 2).flatten(1, 2), 2)  # [B, out, 2 H, 2 W]
+        parts = torch.stack([part.permute(0, 2, 3, 1) for part in parts], 3)  # [B, H, W, 4, out]
+        parts = parts.unflatten(3, (2, 2)).transpose(2, 3)  # [B, H, 2, W, 2, out]
+        return parts.reshape(len(parts), 2 * height, 2 * width, -1).permute(0, 3, 1, 2)  # [B, out, 2 H, 2 W]
 
 
 class MoebiusDownBlock2D(nn.Module):
@@ -777,6 +851,13 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                 module.to_v, module.norm_v = fuse(module.to_v, module.norm_v), nn.Identity()
             elif isinstance(module, MoebiusUpBlock2D) and module.upsamplers is not None:
                 module.upsamplers[0] = SmallGridUpsample2D(module.upsamplers[0].conv)
+            elif isinstance(module, MoebiusTransformerBlock) and isinstance(module.ff, MixFeedForward):
+                module.ff = SlicedMixFeedForward(module.ff)
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1):
+                    setattr(module, name, PointwiseConv2d(child))
+        self.to(memory_format=torch.channels_last)
         self.is_fused = True
         self.requires_grad_(False)
 
@@ -845,6 +926,8 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             [`MoebiusUNet2DOutput`], or a tuple of the prediction and, if asked for, the tuple of block outputs.
         """
         self.check_inputs(sample, encoder_hidden_states)
+        if self.is_fused:
+            sample = sample.contiguous(memory_format=torch.channels_last)
         if not torch.is_tensor(timestep):
             timestep = torch.tensor([timestep], device=sample.device)
         timestep = timestep.reshape(-1).to(sample.device).expand(sample.shape[0])
@@ -863,7 +946,7 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             skips, block_skips = skips[:-count], skips[-count:]
             hidden_states = self.run_block(block, hidden_states, block_skips, temb, encoder_hidden_states)
             block_outputs += (hidden_states,)
-        sample = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
+        sample = self.conv_out(silu_of(self.conv_norm_out(hidden_states)))
 
         if not return_dict:
             return (sample, block_outputs) if output_hidden_states else (sample,)
