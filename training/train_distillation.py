@@ -159,15 +159,18 @@ def main(arguments: list[str] | None = None) -> None:
         batch = with_latents(batch, pipeline.vae, generators)
         return noise_batch(args, noise_schedule, batch, generators, num_embeddings, loop.reduce)
 
+    needs_teacher = "coarse" in args.losses or "fine" in args.losses
     scores, teacher_results = {}, None
     for batch, generators in loop.batches(dataset):
         with loop.accumulate():
             noised = noise(batch, generators)
             output = model(noised.model_input, noised.timesteps, noised.category_ids, output_hidden_states=True)
-            with torch.no_grad(), accelerator.autocast():
-                tokens = teacher_embedder(noised.category_ids)
-                sample = noised.model_input.to(teacher.dtype)
-                teacher_output = teacher(sample, noised.timesteps, tokens, output_hidden_states=True)
+            teacher_output = None
+            if needs_teacher:
+                with torch.no_grad(), accelerator.autocast():
+                    tokens = teacher_embedder(noised.category_ids)
+                    sample = noised.model_input.to(teacher.dtype)
+                    teacher_output = teacher(sample, noised.timesteps, tokens, output_hidden_states=True)
             clean = predicted_clean_latents(
                 output.sample.float(),
                 noised.noisy_latents,
@@ -185,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
                 *(name in args.losses for name in ("coarse", "fine", "task")),
                 weight=noised.weight,
             )
-            balanced = balance(losses)
+            balanced = balance(losses, output.sample)
             logged = {"loss": balanced.total, "hole_error": noised.hole_error(output.sample), **losses}
             logged |= {f"weight_{name}": value for name, value in balanced.weights.items()}
             loop.optimize(balanced.total, {name: value.detach() for name, value in logged.items()})

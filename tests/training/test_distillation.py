@@ -111,6 +111,28 @@ def test_paper_balance_is_equations_4_and_5(step):
 
 
 @pytest.mark.parametrize("mode", ["paper", "release"])
+def test_going_through_the_output_losses_once_gives_the_same(step, mode):
+    student, _, losses, _, sample, data = step
+    results = []
+    for output in (None, sample):
+        # Their own graph above the output, which the second way uses up.
+        fresh = {
+            "coarse": losses["coarse"],
+            "task": (sample - data["noise"]).square().mean(),
+            "fine": (sample - data["latents"]).square().mean(),
+            "perceptual": (sample * data["latents"]).tanh().abs().mean(),
+        }
+        balanced = AdaptiveBalance.of_student(student, mode)(fresh, output)
+        gradients = torch.autograd.grad(balanced.total, list(student.parameters()), retain_graph=True)
+        results.append((balanced, torch.cat([gradient.flatten() for gradient in gradients])))
+    (plain, expected), (short, gradients) = results
+    assert short.total.item() == pytest.approx(plain.total.item(), rel=1e-5)
+    for name, norm in plain.gradient_norms.items():
+        assert short.gradient_norms[name].item() == pytest.approx(norm.item(), rel=1e-5)
+    assert (gradients - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["paper", "release"])
 @pytest.mark.parametrize("names", [("task",), ("coarse",), ("coarse", "fine"), ("task", "fine"), ("coarse", "task")])
 def test_any_loss_may_be_left_out(step, mode, names):
     student, _, losses, _, _, _ = step

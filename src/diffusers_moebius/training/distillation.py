@@ -162,21 +162,35 @@ class AdaptiveBalance:
         head = unet.conv_out.conv_pw if hasattr(unet.conv_out, "conv_pw") else unet.conv_out
         return cls(head.weight, projection.weight, mode, reduce)
 
+    @staticmethod
+    def _shortened(loss: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """A loss of the same value and gradient whose graph leads from `output` by one product."""
+        (gradient,) = torch.autograd.grad(loss, output)
+        product = (gradient * output).sum()
+        return loss.detach() + product - product.detach()
+
     def _gradient_norm(self, loss: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
         (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True)
         return self.reduce(gradient.detach()).float().norm()
 
-    def __call__(self, losses: dict[str, torch.Tensor]) -> BalancedLoss:
+    def __call__(self, losses: dict[str, torch.Tensor], output: torch.Tensor | None = None) -> BalancedLoss:
         """
         Args:
             losses (`dict[str, torch.Tensor]`): Of [`distillation_losses`]; any of them may be missing. Without `task`
                 the output losses that there are count equally; with nothing to balance the losses are added.
+            output (`torch.Tensor` of shape `[B, C, H, W]`, *optional*): The student's prediction, through which the
+                output losses depend on its weights. What lies above it, a network that measures perception for
+                example, is then gone through once instead of once for each norm; the gradients are the same.
 
         Returns:
             [`BalancedLoss`].
         """
         if not losses:
             raise ValueError("`losses` is empty; at least one loss is needed.")
+        if output is not None:
+            losses = {
+                name: loss if name == "coarse" else self._shortened(loss, output) for name, loss in losses.items()
+            }
         release = self.mode == "release"
         factors = RELEASE_FACTORS if release else dict.fromkeys(RELEASE_FACTORS, 1.0)
         result = BalancedLoss(total=torch.zeros(()))
