@@ -64,21 +64,22 @@ class ChunkedGatedLinearAttentionProcessor:
         length, size = hidden_states.shape[1], self.chunk_size
         padding = (0, 0, 0, -length % size)
         query, key, value, log_decay = (
-            F.pad(tensor, padding).unflatten(2, (-1, size)) for tensor in attn.project(hidden_states)
+            (F.pad(tensor, padding) if padding[3] else tensor).unflatten(2, (-1, size))
+            for tensor in attn.project(hidden_states)
         )  # [B, h, chunks, size, d_k] or [..., d_v]
         total = log_decay.clamp(min=-self.max_log_decay).cumsum(-2)
-        last, middle = total[..., -1:, :], total[..., size // 2, None, :]
+        middle, last = total[..., size // 2, None, :], total[..., -1:, :]
+        factor = (total - middle).exp()
+        query, key = query * factor, key / factor
 
-        scores = (query * (total - middle).exp()) @ (key * (middle - total).exp()).transpose(-1, -2)
-        output = scores.tril() @ value
-        updates = (key * (last - total).exp()).transpose(-1, -2) @ value  # [B, h, chunks, d_k, d_v]
-        decays = last.exp().transpose(-1, -2)  # [B, h, chunks, d_k, 1]
-        state = torch.zeros_like(updates[:, :, 0])
-        states = []
-        for decay, update in zip(decays.unbind(2), updates.unbind(2), strict=True):
-            states.append(state)  # as the chunk finds it
+        # What a chunk adds to the state, and what it leaves of the state that it finds.
+        updates = (key.mT @ value) * (last - middle).exp().mT  # [B, h, chunks, d_k, d_v]
+        state, states = torch.zeros_like(updates[:, :, 0]), []
+        for decay, update in zip(last.exp().mT.unbind(2), updates.unbind(2), strict=True):
+            states.append(state)
             state = torch.addcmul(update, decay, state)
-        output = output + (query * total.exp()) @ torch.stack(states, 2)
+        carried = query @ (torch.stack(states, 2) * middle.exp().mT)
+        output = carried + (query @ key.mT).tril_() @ value
         return attn.gate_output(output.flatten(2, 3)[:, :, :length], hidden_states)
 
 
@@ -155,7 +156,8 @@ class GatedLinearAttention(ProcessedAttention):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
 
         def split(tensor):
-            return tensor.to(dtype).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            # In one piece for each head: products of many small matrices are twice as fast that way.
+            return tensor.to(dtype).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).contiguous()
 
         query = split(self.q_proj(hidden_states))
         log_decay = F.logsigmoid(split(self.gk_proj(hidden_states))) / self.gate_logit_normalizer
