@@ -19,7 +19,9 @@ import logging
 import torch
 from diffusers import DDIMScheduler
 
+from diffusers_moebius.loaders.pipeline_loader import load_vae
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
+from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 from diffusers_moebius.training.arguments import (
     add_data_arguments,
     add_model_arguments,
@@ -35,8 +37,6 @@ from diffusers_moebius.training.components import (
     build_lr_scheduler,
     build_optimizer,
     build_pipeline,
-    load_pipeline,
-    load_vae,
     prepare_denoiser,
     recalibrate_batch_norm,
     with_latents,
@@ -62,6 +62,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("distillation").add_argument
     add("--unet_config", help="JSON file with the arguments of the student's U-Net, to start from scratch")
     add("--pretrained_teacher_model_name_or_path", required=True, help="pipeline folder or hub repository")
+    add("--teacher_checkpoint", help="which of the teacher's published checkpoints, for example pretrained")
     add("--losses", nargs="+", choices=("coarse", "fine", "task"), default=["coarse", "fine", "task"])
     add(
         "--perceptual_loss",
@@ -71,7 +72,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--perceptual_encoder", choices=("sd15", "sd21", "sdxl"), default="sdxl", help="latent space of elatentlpips")
     add("--lpips_weights", help="safetensors file with the LPIPS network; default: that of the `lpips` package")
-    add("--lpips_vae", help="autoencoder that decodes the latents for lpips; default: `--vae`")
+    add("--lpips_vae", help="autoencoder that decodes the latents for lpips; default: the student's")
     add("--balance", choices=BALANCES, default="paper", help="how the losses are weighed against each other")
     add_data_arguments(parser)
     add_objective_arguments(parser, timestep_sampling="logit_normal")
@@ -85,16 +86,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_teacher(args: argparse.Namespace, student, accelerator):
-    """The teacher's pipeline on the device, frozen, with the check that it fits the student."""
-    pipeline = load_pipeline(args, args.pretrained_teacher_model_name_or_path)
-    for name in ("prediction_type", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule"):
-        own, other = (p.scheduler.config.get(name) for p in (student, pipeline))
-        if own != other:
-            raise ValueError(
-                f"Teacher and student need one noise schedule, but the teacher's `{name}` is {other!r} and the"
-                f" student's {own!r}."
-            )
+def load_teacher(args: argparse.Namespace, accelerator) -> MoebiusInpaintPipeline:
+    """The teacher's pipeline, its U-Net and embedder on the device and frozen."""
+    pipeline = MoebiusInpaintPipeline.from_pretrained(
+        args.pretrained_teacher_model_name_or_path, args.teacher_checkpoint, dtype=torch.float32
+    )
     for model in (pipeline.unet, pipeline.lcg_embedder):
         model.to(accelerator.device).eval().requires_grad_(False)
         if args.mixed_precision != "no":
@@ -104,12 +100,22 @@ def load_teacher(args: argparse.Namespace, student, accelerator):
     return pipeline
 
 
+def check_schedules(student, teacher) -> None:
+    for name in ("prediction_type", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule"):
+        own, other = (pipeline.scheduler.config.get(name) for pipeline in (student, teacher))
+        if own != other:
+            raise ValueError(
+                f"Teacher and student need one noise schedule, but the teacher's `{name}` is {other!r} and the"
+                f" student's {own!r}."
+            )
+
+
 def build_perceptual_loss(args: argparse.Namespace, vae, device: torch.device):
     if args.perceptual_loss == "none":
         return None
     if args.perceptual_loss == "elatentlpips":
         return ELatentLPIPSLoss(args.perceptual_encoder).to(device)
-    decoder = load_vae(args.lpips_vae).requires_grad_(False).eval() if args.lpips_vae else vae
+    decoder = load_vae(args.lpips_vae).requires_grad_(False) if args.lpips_vae else vae
     return DecodedLPIPS(decoder, LPIPS.from_pretrained(args.lpips_weights)).to(device)
 
 
@@ -120,12 +126,11 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator, device = loop.accelerator, loop.accelerator.device
 
     # models and data
-    if args.unet_config is not None and args.vae is None:
-        raise ValueError("`--unet_config` starts from scratch and needs `--vae`.")
-    pipeline = build_pipeline(args)
+    teacher_pipeline = load_teacher(args, accelerator)
+    pipeline = build_pipeline(args, teacher_pipeline.vae)
+    check_schedules(pipeline, teacher_pipeline)
     if not isinstance(pipeline.unet, MoebiusUNet2DModel):
         raise ValueError(f"The student must be a MoebiusUNet2DModel, but is a {type(pipeline.unet).__name__}.")
-    teacher_pipeline = load_teacher(args, pipeline, accelerator)
     teacher, teacher_embedder = teacher_pipeline.unet, teacher_pipeline.lcg_embedder
     model = prepare_denoiser(args, pipeline)
     pipeline.vae.to(device)

@@ -16,6 +16,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", help="pipeline folder or hub repository to start from")
     add("--vae", help="autoencoder folder or hub repository; default: the pipeline's own `vae`")
+    add("--checkpoint", help="which of its published checkpoints, for example places2")
     add("--revision", help="branch, tag or commit of `--pretrained_model_name_or_path`")
     add("--variant", help="variant of its weights, for example fp16")
 

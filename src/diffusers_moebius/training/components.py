@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
+from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from ..loaders.pipeline_loader import load_vae
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
@@ -39,13 +40,6 @@ class ConditionedDenoiser(nn.Module):
         return self.unet(sample, timesteps, self.lcg_embedder(category_ids), **kwargs)
 
 
-def load_vae(name: str) -> nn.Module:
-    """Loads an `AutoencoderTiny` or `AutoencoderKL`, whichever the folder or repository holds, in evaluation mode."""
-    config = AutoencoderTiny.load_config(name)
-    cls = AutoencoderTiny if config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
-    return cls.from_pretrained(name)
-
-
 def load_unet_config(path: str | Path) -> nn.Module:
     """A U-Net with random weights from a JSON file; `_class_name` in it may be `PixelHackerUNet2DModel`."""
     config = json.loads(Path(path).read_text())
@@ -55,23 +49,25 @@ def load_unet_config(path: str | Path) -> nn.Module:
     return UNETS[name].from_config(config)
 
 
-def load_pipeline(args: argparse.Namespace, name: str) -> MoebiusInpaintPipeline:
-    """A pipeline in float32, of either layout (see [`MoebiusInpaintPipeline.from_pretrained`])."""
-    vae = load_vae(args.vae) if args.vae else None
-    options = {name: value for name in ("revision", "variant") if (value := getattr(args, name, None)) is not None}
-    return MoebiusInpaintPipeline.from_pretrained(
-        name, **options, **({"vae": vae} if vae is not None else {}), dtype=torch.float32
-    )
+def load_pipeline(args: argparse.Namespace) -> MoebiusInpaintPipeline:
+    """The pipeline `pretrained_model_name_or_path` in float32, of either layout, with the autoencoder `vae`."""
+    names = ("checkpoint", "revision", "variant", "vae")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    return MoebiusInpaintPipeline.from_pretrained(args.pretrained_model_name_or_path, **options, dtype=torch.float32)
 
 
-def build_pipeline(args: argparse.Namespace) -> MoebiusInpaintPipeline:
+def build_pipeline(args: argparse.Namespace, vae: nn.Module | None = None) -> MoebiusInpaintPipeline:
     """
     The pipeline to train: that of `pretrained_model_name_or_path`, or one with a U-Net made from `unet_config`.
 
     The noise schedule of a new one is that of the release; `prediction_type` and `rescale_betas_zero_snr` change it.
+
+    Args:
+        args: See `add_model_arguments` and `add_objective_arguments`.
+        vae (`AutoencoderKL` or `AutoencoderTiny`, *optional*): Autoencoder of a new one if `args` name none.
     """
     if args.pretrained_model_name_or_path is not None:
-        pipeline = load_pipeline(args, args.pretrained_model_name_or_path)
+        pipeline = load_pipeline(args)
         if args.prediction_type is None:
             return pipeline
         schedule = dict(pipeline.scheduler.config)
@@ -79,7 +75,8 @@ def build_pipeline(args: argparse.Namespace) -> MoebiusInpaintPipeline:
         unet = load_unet_config(args.unet_config)
         context_length = unet.config.get("context_length", 10)
         embedder = LatentCategoriesEmbedder(2 * context_length, unet.config.encoder_hid_dim)
-        pipeline = MoebiusInpaintPipeline(load_vae(args.vae), unet, embedder, DDIMScheduler())
+        vae = load_vae(args.vae) if args.vae is not None else vae
+        pipeline = MoebiusInpaintPipeline(vae, unet, embedder, DDIMScheduler())
         schedule = {
             "beta_start": 0.00085,
             "beta_end": 0.012,
