@@ -20,7 +20,25 @@ def test_three_steps_match_the_release(parity_dir):
         for name, parameter in parameters.items():
             expected = numbers[f"after.{step}.{name}"]
             change = (expected - numbers[f"before.{name}"]).abs().max()
-            assert (parameter - expected).abs().max() <= 1e-3 * change, (step, name)
+            tolerance = 1e-5 if name == "bias" else 1e-3  # AdamW's part; the rest is orthogonalised in bfloat16
+            assert (parameter - expected).abs().max() <= tolerance * change, (step, name)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 or later")
+def test_matrices_move_as_with_the_muon_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(24, 40, generator=generator)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizers = [
+        Muon([{"params": [ours], "use_muon": True}], lr=1e-2, weight_decay=0.1),
+        torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(24, 40, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    # Both iterate in bfloat16, from momenta of another scale.
+    assert (ours - theirs).norm() / (theirs - start).norm() < 5e-2
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
