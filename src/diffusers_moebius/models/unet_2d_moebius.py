@@ -558,8 +558,8 @@ class SmallGridUpsample2D(nn.Module):
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         # An even output sees the rows (i - 1, i), an odd one (i, i + 1).
-        sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
-        weights = torch.einsum("aur,bvc,oirc->aboiuv", sums, sums, conv.weight.detach().double().cpu())
+        sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=conv.weight.device)
+        weights = torch.einsum("aur,bvc,oirc->aboiuv", sums, sums, conv.weight.detach().float())
         weights = weights.flatten(0, 1).to(conv.weight)  # [4, out, in, 2, 2]
         self.weights = nn.ParameterList(nn.Parameter(weight.contiguous(), requires_grad=False) for weight in weights)
         self.bias = conv.bias
@@ -655,20 +655,30 @@ def checkpoint_block(block: nn.Module, *args):
     return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
-def remove_fused_adapters(model: nn.Module) -> None:
-    """Puts the layers themselves in the place of LoRA layers that have been fused into them."""
+def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that peft has put in the place of others, by name."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:  # without peft there are no adapters
-        return
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, layer in layers:
-        if layer.active_adapters and not layer.disable_adapters and not layer.merged:
+        return {}
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def check_adapters_fused(model: nn.Module) -> None:
+    """Raises a `ValueError` if LoRA adapters act that have not been fused into their layers."""
+    for name, layer in adapter_layers(model).items():
+        acts = any(layer.scaling.get(adapter) for adapter in layer.active_adapters)
+        if acts and not layer.disable_adapters and not layer.merged:
             raise ValueError(
                 f"LoRA adapters are active on `{name}` and not fused: call `fuse_lora()` or `unload_lora_weights()`"
                 " first."
             )
-    for name, layer in layers:
+
+
+def remove_fused_adapters(model: nn.Module) -> None:
+    """Puts the layers themselves in the place of LoRA layers that have been fused into them."""
+    check_adapters_fused(model)
+    for name, layer in adapter_layers(model).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
 

@@ -36,6 +36,7 @@ from ..image_processing import (
     resize_mask,
     working_size,
 )
+from ..loaders.lora import MoebiusLoraLoaderMixin
 from ..loaders.pipeline_loader import MoebiusLoaderMixin
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
@@ -61,12 +62,12 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
+class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, DiffusionPipeline):
     r"""
     Fills the marked part of photos with Moebius (arXiv 2606.19195), guided by latent categories instead of text.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods (saving,
-    running on a particular device, offloading, etc.).
+    running on a particular device, offloading, etc.), and [`MoebiusLoraLoaderMixin`] for LoRA adapters.
 
     A call changes none of its components: it steps a copy of the scheduler, so several threads may call one pipeline
     at the same time. They share what the pipeline itself holds, the progress bar's settings and `interrupt`; a thread
@@ -175,6 +176,7 @@ class MoebiusInpaintPipeline(MoebiusLoaderMixin, DiffusionPipeline):
         """
         if hasattr(self.unet, "fuse_for_inference"):
             self.unet.fuse_for_inference()
+        self.keep_fused_adapters()
         if dtype is not None:
             self.unet.to(dtype)
         if compile:
