@@ -1,142 +1,73 @@
 #!/usr/bin/env python3
-"""Measures how well a model fills holes, beside OpenCV's two methods and a mean-colour fill, as a Markdown table.
+"""Measures how well a model fills holes, under the paper's protocols or on photos of your own, as a Markdown table.
 
     python benchmarks/quality.py --model nano --data photos-val.tar --lpips_weights alex.safetensors
+    python benchmarks/quality.py --protocol celebahq-512 --data celebahq/ --results runs/celebahq
+    accelerate launch --num_processes 4 benchmarks/quality.py --protocol places2-test --data places2/ \\
+        --guidance_scale 1 1.5 2 2.5 3 --results runs/guidance
 
-The data is a folder or a tar file of photos `NAME.jpg` (or .png) with a mask `NAME.mask.png` (white = hole) and, if
-there is one, a `NAME.json` whose `mask` names the kind of hole.
+`custom`, the protocol without a name, takes a folder or a tar file of photos `NAME.jpg` (or .png) with a mask
+`NAME.mask.png` (white = hole) and, if there is one, a `NAME.json` whose `mask` names the kind of hole, and sets
+OpenCV's two methods and a mean-colour fill beside the model. The others take photos alone, cut the largest centred
+square out of each, bring it to their size, and draw the hole from the seed and the photo's number, or take it from
+`--masks`. `PROTOCOLS` in `quality_data.py` says what each fixes.
 
 No method sees what was in the hole: it is blanked with the mean colour of the visible pixels first, which is also the
 mean-colour fill. What a method returns is pasted onto the photo with a hard edge, so that methods differ in the hole
 alone; the model is asked for its raw picture (`paste=None`), since a feathered paste would blend the blank colour in.
-The scores, each the mean over the pictures of its value for one picture, on 8-bit RGB at the photo's size:
+The scores, but for the FID each the mean over the pictures of its value for one picture, on 8-bit RGB at the size of
+the photo or of the protocol:
 
-- PSNR: 10 log10(255² / mean squared error), the error taken over the hole's pixels alone, in dB.
+- PSNR: 10 log10(255² / mean squared error), the error taken over the hole's pixels alone or the picture's, in dB.
 - SSIM: the map of the structural similarity (Wang et al. 2004: Gaussian window of deviation 1.5, a map for each
-  channel) between pasted picture and photo, averaged over the hole.
+  channel) between pasted picture and photo, averaged over the hole or the picture.
 - LPIPS in the hole: the map of the LPIPS (each layer's distances brought to the picture's size by bilinear
   interpolation, then summed) between pasted picture and photo, averaged over the hole.
 - LPIPS of the picture: the usual LPIPS of the pasted picture as a whole, which grows with the hole's share of it.
+- FID: the Fréchet distance between the Inception features of all pasted pictures and those of all photos. It is
+  biased upwards for few pictures: compare it only between equal numbers of them.
 
-LPIPS is that on AlexNet, version 0.1, unless the weights given are those on VGG16.
+LPIPS is that on AlexNet, version 0.1, unless the weights given are those on VGG16. A metric whose network is not there
+is left out, and the report says why. With `--results` each picture's scores are written at once and a run that was
+interrupted goes on; the folder ends with `report.md` and `report.json`.
 """
 
 import argparse
-import io
+import hashlib
 import json
+import shlex
 import sys
-import tarfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from efficiency import efficiency_table, measure_efficiency
 from PIL import Image, ImageDraw
-from skimage.metrics import structural_similarity
+from quality_data import PROTOCOLS, Protocol, Sample, Samples, blank_hole
+from quality_metrics import FeatureExtractor, load_inception, picture_features, score_picture
+from quality_report import (
+    HOLE_COLUMNS,
+    INCEPTION_FEATURES,
+    PAPER_COLUMNS,
+    Journal,
+    describe_environment,
+    encode_features,
+    markdown_table,
+    report_markdown,
+    summarise,
+    write_report,
+)
 from tqdm.auto import tqdm
 
-from diffusers_moebius.training.perceptual import LPIPS, distance_map
+from diffusers_moebius.training.perceptual import LPIPS
 
-METRICS = {
-    "psnr": "PSNR in the hole ↑",
-    "ssim": "SSIM in the hole ↑",
-    "lpips_hole": "LPIPS in the hole ↓",
-    "lpips_picture": "LPIPS of the picture ↓",
-    "seconds": "s/picture",
-}
-FORMATS = {"psnr": "{:.2f}", "ssim": "{:.3f}", "lpips_hole": "{:.3f}", "lpips_picture": "{:.3f}", "seconds": "{:.2f}"}
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
+PUBLISHED = ("hustvl/Moebius", "hustvl/PixelHacker")
 Method = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-
-
-@dataclass
-class Sample:
-    """
-    A photo with its hole.
-
-    Args:
-        name (`str`): Name of the photo without its suffix.
-        photo (`np.ndarray` of shape `[H, W, 3]`): RGB, `uint8`.
-        mask (`np.ndarray` of shape `[H, W]`): `True` in the hole.
-        kind (`str`): What sort of hole it is.
-    """
-
-    name: str
-    photo: np.ndarray
-    mask: np.ndarray
-    kind: str
-
-
-def read_samples(data: str | Path, limit: int | None = None, resolution: int | None = None) -> Iterator[Sample]:
-    """
-    Reads photos and masks from a folder or a tar file, sorted by name.
-
-    Args:
-        data (`str` or `Path`): Folder or tar file.
-        limit (`int`, *optional*): Number of photos to read, spread evenly over all of them; all by default.
-        resolution (`int`, *optional*): Resizes each photo so that its shorter side has so many pixels.
-
-    Returns:
-        Iterator over `Sample`.
-
-    Raises:
-        ValueError: If there are no photos, a photo has no mask, or a mask is of another size or empty.
-    """
-    data = Path(data)
-    if data.is_dir():
-        files = {path.relative_to(data).as_posix(): path.read_bytes for path in sorted(data.rglob("*.*"))}
-    elif data.is_file() and tarfile.is_tarfile(data):
-        archive = tarfile.open(data)  # noqa: SIM115, read from until the last sample is out
-        members = sorted((member for member in archive if member.isfile()), key=lambda member: member.name)
-        files = {member.name: lambda member=member: archive.extractfile(member).read() for member in members}
-    else:
-        raise ValueError(f"`data` must be a folder or a tar file, but {str(data)!r} is neither.")
-
-    is_photo = lambda name: name.lower().endswith(PHOTO_SUFFIXES) and not name.endswith(".mask.png")  # noqa: E731
-    photos = [name for name in files if is_photo(name)]
-    if not photos:
-        raise ValueError(f"`data` must hold photos ({', '.join(PHOTO_SUFFIXES)}), but {str(data)!r} does not.")
-    if limit is not None:
-        photos = [photos[i] for i in sorted({round(i) for i in np.linspace(0, len(photos) - 1, limit)})]
-    for name in photos:
-        stem = name.rpartition(".")[0]
-        if f"{stem}.mask.png" not in files:
-            raise ValueError(f"`data` must hold a mask for each photo, but there is no {stem}.mask.png.")
-        photo = Image.open(io.BytesIO(files[name]())).convert("RGB")
-        mask = Image.open(io.BytesIO(files[f"{stem}.mask.png"]())).convert("L")
-        if mask.size != photo.size:
-            raise ValueError(f"`data` must hold masks of the photos' sizes, but {stem}: {photo.size} and {mask.size}.")
-        if resolution is not None:
-            scale = resolution / min(photo.size)
-            size = tuple(round(scale * side) for side in photo.size)
-            photo, mask = photo.resize(size, Image.Resampling.LANCZOS), mask.resize(size, Image.Resampling.NEAREST)
-        mask = np.asarray(mask) >= 128
-        if not mask.any() or mask.all():
-            raise ValueError(
-                f"`data` must hold masks with a hole and something around it, but that of {stem} does not."
-            )
-        details = json.loads(files[f"{stem}.json"]()) if f"{stem}.json" in files else {}
-        yield Sample(stem, np.array(photo), mask, details.get("mask", "any"))
-
-
-def blank_hole(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """
-    Paints the hole in the mean colour of the visible pixels.
-
-    Args:
-        photo (`np.ndarray` of shape `[H, W, 3]`): `uint8`.
-        mask (`np.ndarray` of shape `[H, W]`): `True` in the hole.
-
-    Returns:
-        `np.ndarray` of shape `[H, W, 3]`, `uint8`, in which nothing of the hole's content is left.
-    """
-    blanked = photo.copy()
-    blanked[mask] = photo[~mask].mean(0).round().astype(np.uint8)
-    return blanked
 
 
 def mean_colour(blanked: np.ndarray, mask: np.ndarray, index: int) -> np.ndarray:
@@ -161,8 +92,8 @@ BASELINES: dict[str, Method] = {
 }
 
 
-def load_model(args: argparse.Namespace) -> Method:
-    """Returns a method that runs the pipeline; picture `i` is drawn with the seed `args.seed + i`."""
+def load_pipeline(args: argparse.Namespace):
+    """Returns the pipeline that `--model` names, on its device."""
     from diffusers_moebius import MoebiusInpaintPipeline, bundled_checkpoint
 
     is_bundled = args.model == "nano" and not Path(args.model).is_dir()
@@ -171,7 +102,12 @@ def load_model(args: argparse.Namespace) -> Method:
     pipe = MoebiusInpaintPipeline.from_pretrained(source, dtype=getattr(torch, args.dtype), **options)
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "strength": args.strength}
+    return pipe
+
+
+def pipeline_method(pipe, args: argparse.Namespace, guidance_scale: float | None) -> Method:
+    """Returns a method that runs the pipeline; picture `i` is drawn with the seed `args.seed + i`."""
+    call = {"num_inference_steps": args.steps, "guidance_scale": guidance_scale, "strength": args.strength}
     call = {name: value for name, value in call.items() if value is not None}
 
     def method(blanked: np.ndarray, mask: np.ndarray, index: int) -> np.ndarray:
@@ -187,79 +123,18 @@ def load_model(args: argparse.Namespace) -> Method:
     return method
 
 
+def method_names(args: argparse.Namespace) -> dict[str, float | None]:
+    """The names of the model's rows, with their guidance scales: several if `--guidance_scale` sweeps."""
+    name, scales = Path(args.model).name, args.guidance_scale or [None]
+    return {name if len(scales) == 1 else f"{name}, guidance {scale:g}": scale for scale in scales}
+
+
 def paste(photo: np.ndarray, result: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Takes the hole from `result` and everything else from `photo`."""
     return np.where(mask[..., None], result, photo)
 
 
-def psnr_in_hole(picture: np.ndarray, photo: np.ndarray, mask: np.ndarray) -> float:
-    """
-    Peak signal-to-noise ratio over the pixels of the hole.
-
-    Args:
-        picture (`np.ndarray` of shape `[H, W, 3]`): `uint8`.
-        photo (`np.ndarray` of shape `[H, W, 3]`): `uint8`.
-        mask (`np.ndarray` of shape `[H, W]`): `True` in the hole.
-
-    Returns:
-        `float`: dB; infinite if the hole is equal.
-    """
-    error = np.square(picture[mask].astype(np.float64) - photo[mask]).mean()
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def ssim_in_hole(picture: np.ndarray, photo: np.ndarray, mask: np.ndarray) -> float:
-    """
-    Structural similarity, its map averaged over the hole.
-
-    Args:
-        picture (`np.ndarray` of shape `[H, W, 3]`): `uint8`.
-        photo (`np.ndarray` of shape `[H, W, 3]`): `uint8`.
-        mask (`np.ndarray` of shape `[H, W]`): `True` in the hole.
-
-    Returns:
-        `float`: From -1 to 1; 1 if the pictures are equal.
-
-    Formula: Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004), with its
-    window, a Gaussian of deviation 1.5 px.
-    """
-    _, similarity = structural_similarity(
-        picture,
-        photo,
-        channel_axis=-1,
-        data_range=255,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-        full=True,
-    )
-    return float(similarity[mask].mean())
-
-
-@torch.no_grad()
-def lpips_in_hole_and_picture(
-    lpips: LPIPS, picture: np.ndarray, photo: np.ndarray, mask: np.ndarray
-) -> tuple[float, float]:
-    """
-    LPIPS averaged over the hole, and LPIPS of the picture as a whole.
-
-    Args:
-        lpips ([`LPIPS`]): The network.
-        picture (`np.ndarray` of shape `[H, W, 3]`): `uint8`.
-        photo (`np.ndarray` of shape `[H, W, 3]`): `uint8`.
-        mask (`np.ndarray` of shape `[H, W]`): `True` in the hole.
-
-    Returns:
-        `tuple[float, float]`: Both are 0 if the pictures are equal.
-    """
-    device = lpips.shift.device
-    to_tensor = lambda array: torch.tensor(array, device=device).permute(2, 0, 1)[None].float() / 127.5 - 1  # noqa: E731
-    distances = lpips.distances(to_tensor(picture), to_tensor(photo))
-    in_hole = distance_map(distances, mask.shape)[0, torch.from_numpy(mask).to(device)]
-    return in_hole.mean().item(), sum(layer.mean().item() for layer in distances)
-
-
-def measure(sample: Sample, method: Method, index: int, lpips: LPIPS) -> tuple[dict[str, float], np.ndarray]:
+def measure(sample: Sample, method: Method, index: int, lpips: LPIPS | None) -> tuple[dict[str, float], np.ndarray]:
     """
     Lets a method fill the hole of one photo and scores it.
 
@@ -267,24 +142,39 @@ def measure(sample: Sample, method: Method, index: int, lpips: LPIPS) -> tuple[d
         sample (`Sample`): The photo; the method gets it with its hole blanked.
         method (callable): Takes blanked photo, mask and `index`, returns a picture `[H, W, 3]` in `uint8`.
         index (`int`): Number of the photo.
-        lpips ([`LPIPS`]): The network.
+        lpips ([`LPIPS`], *optional*): The network; `None` leaves its scores out.
 
     Returns:
-        `tuple[dict[str, float], np.ndarray]`: The values of `METRICS`, and the pasted picture.
+        `tuple[dict[str, float], np.ndarray]`: The scores by the names of `METRICS`, and the pasted picture.
     """
     start = time.perf_counter()
     result = method(blank_hole(sample.photo, sample.mask), sample.mask.copy(), index)
     seconds = time.perf_counter() - start
     picture = paste(sample.photo, result, sample.mask)
-    in_hole, whole = lpips_in_hole_and_picture(lpips, picture, sample.photo, sample.mask)
-    scores = {
-        "psnr": psnr_in_hole(picture, sample.photo, sample.mask),
-        "ssim": ssim_in_hole(picture, sample.photo, sample.mask),
-        "lpips_hole": in_hole,
-        "lpips_picture": whole,
-        "seconds": seconds,
-    }
-    return scores, picture
+    return score_picture(picture, sample.photo, sample.mask, lpips) | {"seconds": seconds}, picture
+
+
+def measure_methods(
+    sample: Sample,
+    methods: dict[str, Method],
+    index: int,
+    lpips: LPIPS | None,
+    inception: FeatureExtractor | None,
+    output: Path | None = None,
+) -> dict:
+    """Scores all methods on one photo, as `summarise` takes it; `output` is a folder for a sheet of the pictures."""
+    scores, panels, features = {}, {"input": blank_hole(sample.photo, sample.mask)}, {}
+    for name, method in methods.items():
+        scores[name], panels[name] = measure(sample, method, index, lpips)
+    picture = {"index": index, "name": sample.name, "mask": sample.kind, "mask_area": float(sample.mask.mean())}
+    if inception is not None:
+        pictures = {"photo": sample.photo, **{name: panels[name] for name in methods}}
+        features = {name: encode_features(picture_features(inception, array)) for name, array in pictures.items()}
+        picture["features"] = features
+    if output is not None:
+        sheet = side_by_side(panels | {"photo": sample.photo})
+        sheet.save(output / f"{sample.name.replace('/', '_')}.png")
+    return picture | {"scores": scores}
 
 
 def side_by_side(panels: dict[str, np.ndarray]) -> Image.Image:
@@ -298,48 +188,19 @@ def side_by_side(panels: dict[str, np.ndarray]) -> Image.Image:
     return sheet
 
 
-def summarise(pictures: list[dict]) -> dict[str, dict]:
-    """
-    Averages the scores over all pictures and over those of each kind of hole.
-
-    Args:
-        pictures (`list[dict]`): Each with `mask`, the kind of hole, and `scores`, metrics by method.
-
-    Returns:
-        `dict`: `{"all": {"count": int, "scores": {method: {metric: float}}}, kind: ...}`.
-    """
-    kinds = sorted({picture["mask"] for picture in pictures})
-    groups = {"all": pictures}
-    if len(kinds) > 1:
-        groups |= {kind: [picture for picture in pictures if picture["mask"] == kind] for kind in kinds}
-    return {
-        kind: {
-            "count": len(members),
-            "scores": {
-                method: {
-                    metric: float(np.mean([picture["scores"][method][metric] for picture in members]))
-                    for metric in METRICS
-                }
-                for method in members[0]["scores"]
-            },
-        }
-        for kind, members in groups.items()
-    }
-
-
-def markdown_table(summary: dict[str, dict]) -> str:
-    """Writes what `summarise` returns as one Markdown table for each kind of hole."""
-    tables = []
-    for kind, group in summary.items():
-        title = "All holes" if kind == "all" else f"Holes: {kind}"
-        lines = [f"**{title}** ({group['count']} pictures)", ""]
-        lines.append("| method | " + " | ".join(METRICS.values()) + " |")
-        lines.append("|---|" + "---:|" * len(METRICS))
-        for method, scores in group["scores"].items():
-            cells = [FORMATS[metric].format(scores[metric]) for metric in METRICS]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+def load_networks(args: argparse.Namespace) -> tuple[LPIPS | None, FeatureExtractor | None, list[str]]:
+    """Loads what LPIPS and FID need; what is not there leaves the other metrics standing, and a note says why."""
+    lpips, inception, notes = None, None, []
+    try:
+        lpips = LPIPS.from_pretrained(args.lpips_weights).to(args.device)
+    except (ImportError, OSError, RuntimeError) as error:
+        notes.append(f"LPIPS was not measured (`--lpips_weights`): {error}")
+    if args.protocol != "custom" or args.fid_weights is not None:
+        try:
+            inception = load_inception(args.fid_weights, args.device)
+        except (ImportError, OSError, RuntimeError) as error:
+            notes.append(f"FID was not measured (`--fid_weights`): {error}")
+    return lpips, inception, notes
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -347,55 +208,146 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--model", help="`nano`, a pipeline folder or a hub repository; without it the baselines alone")
-    add("--checkpoint", help="checkpoint of a published repository")
-    add("--data", required=True, help="folder or tar file of photos with masks")
+    add("--protocol", choices=PROTOCOLS, default="custom", help="what is measured, and the defaults of other options")
+    add("--model", help="`nano`, a pipeline folder or a hub repository; default: the baselines alone for `custom`")
+    add("--checkpoint", help="checkpoint of a published repository; default: the protocol's")
+    add("--data", required=True, help="folder or tar file of photos, for `custom` with masks")
+    add("--masks", help="folder or tar file of masks `NAME.png`; default: beside the photos, or drawn by the protocol")
     add("--lpips_weights", help="safetensors file with the LPIPS network; default: that of the `lpips` package")
-    add("--steps", type=int, help="denoising steps; default: the pipeline's")
-    add("--guidance_scale", type=float, help="default: the pipeline's")
-    add("--strength", type=float, help="default: the pipeline's")
+    add("--fid_weights", help="Inception as TorchScript (.pt) or torch-fidelity's weights; default: its download")
+    add("--steps", type=int, help="denoising steps; default: the protocol's or the pipeline's")
+    add("--guidance_scale", type=float, nargs="+", help="several sweep; default: the protocol's or the pipeline's")
+    add("--strength", type=float, help="default: the protocol's or the pipeline's")
     add("--limit", type=int, help="number of photos, spread evenly over the data; default: all")
-    add("--resolution", type=int, help="resize photos and masks to this shorter side before anything else")
+    add("--resolution", type=int, help="for `custom`: resize to this shorter side before anything else")
+    add("--results", help="folder for the scores of each picture and the report; an interrupted run goes on")
     add("--output", help="folder for side-by-side pictures")
     add("--json", dest="json_file", help="file for settings, means and the scores of each picture")
+    add("--efficiency", action="store_true", help="measure parameters, multiply-adds and latency of the model too")
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", help="default: CUDA if it is there, else the CPU; a GPU for each process")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     args = parser.parse_args(arguments)
     for name in ("steps", "limit", "resolution"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"`--{name}` must be at least 1, but is {getattr(args, name)}")
+    if args.seed < 0:
+        parser.error(f"`--seed` must be at least 0, but is {args.seed}")
+    if args.guidance_scale and len(set(args.guidance_scale)) < len(args.guidance_scale):
+        parser.error(f"`--guidance_scale` must not name a value twice, but is {args.guidance_scale}")
+    protocol = PROTOCOLS[args.protocol]
+    if protocol.resolution is not None:
+        if args.resolution is not None:
+            parser.error(f"`--resolution` is {protocol.resolution} by `--protocol {args.protocol}`; leave it out")
+        args.model = args.model or PUBLISHED[0]
+        args.steps = args.steps or protocol.num_inference_steps
+        args.guidance_scale = args.guidance_scale or [protocol.guidance_scale]
+        args.strength = protocol.strength if args.strength is None else args.strength
+        if args.model in PUBLISHED:
+            args.checkpoint = args.checkpoint or protocol.checkpoint
+    if args.efficiency and args.model is None:
+        parser.error("`--efficiency` measures a model: name one with `--model`")
     return args
+
+
+def scores_depend_on(args: argparse.Namespace, samples: Samples, measured: list[str]) -> dict:
+    """The settings that may not change while a run goes on."""
+    names = ("protocol", "model", "checkpoint", "steps", "guidance_scale", "strength", "limit", "resolution", "seed")
+    settings = {name: getattr(args, name) for name in (*names, "dtype")}
+    for name in ("data", "masks", "lpips_weights", "fid_weights"):
+        value = getattr(args, name)
+        settings[name] = None if value is None else str(Path(value).resolve())
+    photos = hashlib.sha256("\n".join(samples.names).encode()).hexdigest()
+    return settings | {"metrics": measured, "pictures": len(samples), "names_sha256": photos}
+
+
+def describe_run(args: argparse.Namespace, protocol: Protocol, count: int, has_fid: bool) -> list[str]:
+    """What a reader of the numbers must know."""
+    notes = [f"{count} pictures; holes blanked before the model sees them, results pasted with a hard edge"]
+    if protocol.mask_preset is not None:
+        notes[0] += f"; the paper takes {protocol.data}"
+        if args.masks is None:
+            notes.append(f"holes drawn as {protocol.mask_preset}; the paper's own mask files are not published")
+    if has_fid and count < INCEPTION_FEATURES:
+        notes.append(f"FID of fewer than {INCEPTION_FEATURES} pictures is biased upwards")
+    return notes
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    lpips = LPIPS.from_pretrained(args.lpips_weights).to(args.device)
-    methods = dict(BASELINES)
-    if args.model is not None:
-        methods[Path(args.model).name] = load_model(args)
-    samples = list(read_samples(args.data, args.limit, args.resolution))
+    protocol = PROTOCOLS[args.protocol]
+    state = PartialState()
+    if args.device is None:
+        args.device = str(state.device) if state.num_processes > 1 or torch.cuda.is_available() else "cpu"
+    samples = Samples(args.data, args.masks, protocol, args.limit, args.resolution, args.seed)
+    lpips, inception, notes = load_networks(args)
+    if state.is_main_process:
+        for note in notes:
+            print(f"quality.py: {note}", file=sys.stderr)
+
+    journal, done = None, {}
+    if args.results is not None:
+        measured = ["psnr", "ssim", *["lpips"] * (lpips is not None), *["fid"] * (inception is not None)]
+        with state.main_process_first():
+            journal = Journal(args.results, scores_depend_on(args, samples, measured), state.process_index)
+        done = journal.read()
+        state.wait_for_everyone()
+    pending = [i for i in range(state.process_index, len(samples), state.num_processes) if i not in done]
+
+    methods = dict(BASELINES) if args.protocol == "custom" else {}
+    pipe = None
+    if args.model is not None and (pending or args.efficiency):
+        pipe = load_pipeline(args)
+        methods |= {name: pipeline_method(pipe, args, scale) for name, scale in method_names(args).items()}
     if args.output is not None:
         Path(args.output).mkdir(parents=True, exist_ok=True)
 
-    pictures = []
-    for index, sample in enumerate(tqdm(samples, file=sys.stderr)):
-        scores, panels = {}, {"input": blank_hole(sample.photo, sample.mask)}
-        for name, method in methods.items():
-            scores[name], panels[name] = measure(sample, method, index, lpips)
-        pictures.append(
-            {"name": sample.name, "mask": sample.kind, "mask_area": float(sample.mask.mean()), "scores": scores}
-        )
-        if args.output is not None:
-            sheet = side_by_side(panels | {"photo": sample.photo})
-            sheet.save(Path(args.output) / f"{sample.name.replace('/', '_')}.png")
+    fresh = []
+    for index in tqdm(pending, file=sys.stderr, disable=not state.is_main_process):
+        output = None if args.output is None else Path(args.output)
+        fresh.append(measure_methods(samples[index], methods, index, lpips, inception, output))
+        if journal is not None:
+            journal.write(fresh[-1])
+    # Each process has read the pictures that were done before; the others' new ones are still to come.
+    done |= {picture["index"]: picture for picture in (gather_object(fresh) if state.num_processes > 1 else fresh)}
+    if not state.is_main_process:
+        return
 
+    pictures = [done[index] for index in range(len(samples))]
     summary = summarise(pictures)
-    print(markdown_table(summary))
+    efficiency = None
+    if args.efficiency:
+        efficiency = {Path(args.model).name: measure_efficiency(pipe, args.steps, args.strength)}
+    columns = PAPER_COLUMNS
+    if args.protocol == "custom":
+        columns = HOLE_COLUMNS if inception is None else (*HOLE_COLUMNS, "fid")
+    print(markdown_table(summary, columns))
+    if efficiency is not None:
+        print(f"\n{efficiency_table(efficiency)}")
+    report = {
+        "protocol": args.protocol,
+        "description": protocol.data,
+        "reported": protocol.reported,
+        "command": shlex.join(
+            ["python", "benchmarks/quality.py", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
+        "processes": state.num_processes,
+        "environment": describe_environment(args.device),
+        "settings": vars(args),
+        "notes": notes + describe_run(args, protocol, len(pictures), inception is not None),
+        "means": summary,
+        "efficiency": efficiency,
+        "pictures": [{name: picture[name] for name in picture if name != "features"} for picture in pictures],
+    }
+    if args.results is not None:
+        table = None if efficiency is None else efficiency_table(efficiency)
+        write_report(args.results, report, report_markdown(report | {"efficiency": table}, columns))
     if args.json_file is not None:
-        report = {"settings": vars(args), "means": summary, "pictures": pictures}
         Path(args.json_file).write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"quality.py: {error}")

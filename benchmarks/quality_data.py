@@ -180,9 +180,7 @@ class Samples:
                 f"{' or '.join(map(str, allowed))}."
             )
 
-    def _crop(
-        self, name: str, photo: Image.Image, mask: Image.Image | None
-    ) -> tuple[Image.Image, Image.Image | None]:
+    def _crop(self, name: str, photo: Image.Image, mask: Image.Image | None) -> tuple[Image.Image, Image.Image | None]:
         """The largest centred square, resized; a mask that has the result's size already is taken as it is."""
         final, side = (self.protocol.resolution,) * 2, min(photo.size)
         left, top = (photo.width - side) // 2, (photo.height - side) // 2

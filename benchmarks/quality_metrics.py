@@ -175,7 +175,12 @@ def frechet_distance(features: np.ndarray, other: np.ndarray) -> float:
     singular, do no harm.
     """
     features, other = np.asarray(features, np.float64), np.asarray(other, np.float64)
-    if features.ndim != 2 or other.ndim != 2 or features.shape[1] != other.shape[1] or min(map(len, (features, other))) < 2:
+    if (
+        features.ndim != 2
+        or other.ndim != 2
+        or features.shape[1] != other.shape[1]
+        or min(map(len, (features, other))) < 2
+    ):
         raise ValueError(
             "`features` and `other` must be of shape [N, features] with N of at least 2, but are of "
             f"{features.shape} and {other.shape}."
