@@ -16,6 +16,7 @@ from diffusers_moebius.image_processing import (
     crop_region,
     dilate_mask,
     feather_inwards,
+    fill_hole,
     load_masks,
     load_pictures,
     mask_box,
@@ -475,3 +476,17 @@ class TestLoadMasks:
         with pytest.raises(ValueError, match="`mask_image`") as error:
             self.read(value)
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (37, 64), (65, 130)])
+def test_fill_hole_keeps_what_is_known_and_continues_it(size):
+    height, width = size
+    x = torch.linspace(-1, 1, width).expand(1, 3, height, width)
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., height // 4 : height // 2, width // 4 : width // 2] = 1
+    filled = fill_hole(torch.where(mask > 0, torch.full_like(x, 9.0), x), mask)
+    assert torch.equal(torch.where(mask > 0, x, filled), x)
+    assert (filled - x).abs().max() < 0.25  # a ramp goes on as one
+    flat = fill_hole(torch.where(mask > 0, torch.full_like(x, 9.0), torch.full_like(x, 0.3)), mask)
+    assert torch.allclose(flat, torch.full_like(x, 0.3), atol=1e-5)
+    assert torch.equal(fill_hole(x, torch.ones_like(mask)), torch.zeros_like(x))  # nothing is known

@@ -21,6 +21,7 @@ LUMA = (0.299, 0.587, 0.114)
 MAX_ASPECT_RATIO = 16
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PASTE_MODES = ("exact", "blur", None)
+MASKED_CONTENT = ("original", "fill", "noise")
 
 
 @dataclass
@@ -483,6 +484,35 @@ def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
             index = np.pad(np.arange(length), (0, missing), mode="reflect" if length > 1 else "edge")
             image = image.index_select(dim, torch.from_numpy(index).to(image.device))
     return image
+
+
+def fill_hole(image: torch.Tensor, mask: torch.Tensor, smoothing_steps: int = 4) -> torch.Tensor:
+    """
+    Fills holes with colours that go over smoothly into those around them: the classical pull-push pyramid.
+
+    On the way down each level averages the known pixels of the finer one; on the way up what is unknown is taken from
+    the coarser level and smoothed (Gortler et al., "The Lumigraph", 1996, section 3.4).
+
+    Args:
+        image (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures; what they have in the holes is not looked at.
+        mask (`torch.Tensor` of shape `[B, 1, H, W]`): 1 in the holes, 0 elsewhere. Where all is hole the result is 0.
+        smoothing_steps (`int`, defaults to 4): Averages over 3x3 pixels on each level.
+
+    Returns:
+        `torch.Tensor` of shape `[B, 3, H, W]`, equal to `image` outside the holes.
+    """
+    levels = [(image * (1 - mask), 1 - mask)]  # colours times how much of each pixel is known, and that share
+    while min(levels[-1][1].shape[2:]) > 1:
+        levels.append(tuple(F.avg_pool2d(values, 2, ceil_mode=True) for values in levels[-1]))
+    colors, known = levels.pop()
+    filled = colors / known.clamp(min=1e-6)
+    for colors, known in reversed(levels):
+        filled = F.interpolate(filled, known.shape[2:], mode="bilinear", align_corners=False)
+        for _ in range(smoothing_steps):
+            filled = colors + (1 - known) * filled
+            filled = F.avg_pool2d(F.pad(filled, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        filled = colors + (1 - known) * filled
+    return torch.where(mask > 0, filled, image)
 
 
 def feather_inwards(mask: np.ndarray) -> np.ndarray:

@@ -804,6 +804,8 @@ class TestBadInput:
             ({"strength": 0.0}, "strength"),
             ({"strength": 1.01}, "strength"),
             ({"strength": float("nan")}, "strength"),
+            ({"masked_content": "latent nothing"}, "masked_content"),
+            ({"masked_content": "fill", "strength": 1.0}, "masked_content"),
             ({"guidance_scale": float("inf")}, "guidance_scale"),
             ({"guidance_start": -0.1}, "guidance_start"),
             ({"guidance_start": 0.6, "guidance_end": 0.5}, "guidance_start"),
@@ -846,3 +848,64 @@ def test_prepared_pipeline_gives_the_same_picture_and_cannot_be_saved(tiny_pipel
     assert np.abs(np.asarray(result, int) - np.asarray(expected, int)).max() <= 1
     with pytest.raises(ValueError, match="fused"):
         tiny_pipeline.save_pretrained(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("masked_content", ["original", "fill", "noise"])
+def test_start_depends_on_the_hole_only_with_the_original(smallest_pipe, masked_content):
+    starts = []
+    smallest_pipe = MoebiusInpaintPipeline.from_pipe(smallest_pipe)
+    smallest_pipe.set_progress_bar_config(disable=True)
+
+    def spy(image_latents, noise, scheduler, timestep):
+        starts.append((image_latents, noise))
+        return MoebiusInpaintPipeline.prepare_latents(smallest_pipe, image_latents, noise, scheduler, timestep)
+
+    smallest_pipe.prepare_latents = spy
+    mask = hole()
+    images = [np.full((64, 64, 3), 80, np.uint8) for _ in range(2)]
+    images[1][mask] = 200
+    for image in images:
+        call = {"strength": 0.5, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+        smallest_pipe(image, mask, masked_content=masked_content, output_type="latent", **call)
+    (first, noise), (second, other_noise) = starts
+    assert torch.equal(noise, other_noise)
+    inside = torch.nn.functional.interpolate(torch.tensor(mask)[None, None].float(), first.shape[2:]) > 0
+    inside = inside.expand_as(first)
+    if masked_content == "original":
+        assert (first[inside] - second[inside]).abs().min() > 0
+    elif masked_content == "fill":
+        assert torch.equal(first, second)  # and so is a picture in one colour
+        flat = smallest_pipe.encode_image(torch.full((1, 3, 64, 64), 2 * 80 / 255 - 1), 1, None, torch.device("cpu"))
+        assert torch.allclose(first, flat, atol=1e-4)
+    else:
+        assert torch.equal(first[inside], second[inside]) and 0.5 < first[inside].std() < 1.5
+
+
+def test_few_steps_are_taken_from_noise_unless_the_model_has_fewer(tiny_pipeline, tiny_unet):
+    own = MoebiusInpaintPipeline.from_pipe(tiny_pipeline, default_num_inference_steps=2)
+    assert own.use_few_steps(4) is own
+    assert own.scheduler is tiny_pipeline.scheduler and own.config.default_num_inference_steps == 2
+
+    pipe = MoebiusInpaintPipeline.from_pipe(tiny_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    timesteps = []
+    pipe.use_few_steps(4)(photo(), hole(), callback_on_step_end=lambda _, i, t, kwargs: timesteps.append(int(t)) or {})
+    assert timesteps == [999, 749, 499, 249]
+    assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler) and pipe.scheduler.config.solver_order == 2
+    assert isinstance(tiny_pipeline.scheduler, DDIMScheduler)
+    with pytest.raises(ValueError, match="`num_inference_steps`"):
+        pipe.use_few_steps(0)
+
+
+def test_prepared_pipeline_agrees_with_the_reference_processors_over_20_steps(tiny_pipeline):
+    generator = torch.Generator().manual_seed(3)
+    for module in tiny_pipeline.unet.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.copy_(0.1 * torch.randn(module.num_features, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+    call = {"image": photo(96, 64), "mask_image": hole(96, 64), "num_inference_steps": 20, "output_type": "latent"}
+    tiny_pipeline.unet.set_lambda_algorithm("reference")
+    expected = tiny_pipeline(**call, generator=seeded(0)).images
+    tiny_pipeline.unet.set_lambda_algorithm("fast")
+    result = tiny_pipeline.prepare_for_inference()(**call, generator=seeded(0)).images
+    assert (result - expected).abs().max() < 1e-4 * expected.abs().max()

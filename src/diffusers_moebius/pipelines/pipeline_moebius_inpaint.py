@@ -17,17 +17,19 @@ from diffusers.models import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.schedulers import DPMSolverMultistepScheduler, KarrasDiffusionSchedulers
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..image_processing import (
+    MASKED_CONTENT,
     MAX_ASPECT_RATIO,
     OUTPUT_TYPES,
     PASTE_MODES,
     Picture,
     crop_region,
     dilate_mask,
+    fill_hole,
     load_masks,
     load_pictures,
     pad_to_multiple,
@@ -183,6 +185,30 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             self.unet.compile(fullgraph=True, mode=compile if isinstance(compile, str) else None)
         return self
 
+    def use_few_steps(self, num_inference_steps: int = 6) -> "MoebiusInpaintPipeline":
+        """
+        Makes calls that name no steps take few of them: DPM-Solver++ 2M from pure noise in evenly spaced steps.
+
+        A checkpoint whose default is no more steps than that, such as the bundled model, keeps its own sampling.
+        `docs/performance.md` compares samplers and numbers of steps.
+
+        Args:
+            num_inference_steps (`int`, defaults to 6): Steps of a call that names none.
+
+        Returns:
+            [`MoebiusInpaintPipeline`]: The same object.
+        """
+        if not isinstance(num_inference_steps, Integral) or num_inference_steps < 1:
+            raise ValueError(
+                f"`num_inference_steps` must be a whole number of at least 1, but is {num_inference_steps}."
+            )
+        if self.config.default_num_inference_steps > num_inference_steps:
+            self.scheduler = DPMSolverMultistepScheduler.from_config(
+                self.scheduler.config, timestep_spacing="trailing"
+            )
+            self.register_to_config(default_num_inference_steps=num_inference_steps, default_strength=1.0)
+        return self
+
     def enable_vae_slicing(self) -> None:
         """Encodes and decodes the pictures of a batch one after another, to save memory."""
         self.vae.enable_slicing()
@@ -205,6 +231,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         width,
         padding_mask_crop,
         strength,
+        masked_content,
         num_inference_steps,
         timesteps,
         sigmas,
@@ -232,6 +259,15 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, but is {value}.")
         if not 0 < strength <= 1:
             raise ValueError(f"`strength` must be above 0 and at most 1, but is {strength}.")
+        if masked_content not in MASKED_CONTENT:
+            raise ValueError(
+                f"`masked_content` must be one of {', '.join(map(repr, MASKED_CONTENT))}, but is {masked_content!r}."
+            )
+        if masked_content != "original" and strength == 1:
+            raise ValueError(
+                f"`masked_content` {masked_content!r} needs a `strength` below 1, but that is 1, where the start is"
+                " pure noise."
+            )
         if not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, but is {guidance_scale}.")
         if not 0 <= guidance_start <= guidance_end <= 1:
@@ -529,6 +565,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         width: int | None = None,
         padding_mask_crop: int | None = None,
         strength: float | None = None,
+        masked_content: str = "original",
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
@@ -582,6 +619,10 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             strength (`float`, *optional*):
                 Share of the steps that run, above 0. Below 1 the start is the noised picture, at 1 it is pure noise.
                 Defaults to the checkpoint's `default_strength`: 0.99, or 1.0 for the bundled model.
+            masked_content (`str`, defaults to `"original"`):
+                What the hole holds in the picture that is noised to start from, for a `strength` below 1:
+                `"original"` the photo, `"fill"` a smooth continuation of the colours around it ([`fill_hole`]),
+                `"noise"` noise in the latents, so that nothing of the old content is left.
             num_inference_steps (`int`, *optional*):
                 Number of steps of the whole schedule. Defaults to the checkpoint's `default_num_inference_steps`: 20,
                 or what the bundled model was trained for.
@@ -654,6 +695,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             width,
             padding_mask_crop,
             strength,
+            masked_content,
             num_inference_steps,
             timesteps,
             sigmas,
@@ -721,18 +763,23 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 init_image, mask = (torch.cat(tensors) for tensors in zip(*prepared))
                 image_latents = None
                 if latents is None and strength < 1:
-                    image_latents = self.encode_image(init_image, num_images_per_prompt, batch_generator, device)
+                    start = fill_hole(init_image, mask) if masked_content == "fill" else init_image
+                    image_latents = self.encode_image(start, num_images_per_prompt, batch_generator, device)
                 if masked_image_latents is None:
                     masked_image = init_image * (1 - mask)
                     batch_masked = self.encode_image(masked_image, num_images_per_prompt, batch_generator, device)
                 else:
                     batch_masked = torch.stack([masked_image_latents[row] for row in rows]).to(device, torch.float32)
+                mask = F.interpolate(mask, size=latent_size, mode="nearest").to(device)
+                mask = mask.repeat_interleave(num_images_per_prompt, dim=0)
                 if latents is None:
                     noise = self.prepare_noise((len(rows), *latent_shape), noise_offset, batch_generator, device)
+                    if masked_content == "noise":
+                        content = self.prepare_noise((len(rows), *latent_shape), 0.0, batch_generator, device)
+                        image_latents = torch.where(mask > 0, content, image_latents)
                     batch_latents = self.prepare_latents(image_latents, noise, batch_scheduler, timesteps[:1])
                 else:
                     batch_latents = torch.stack([latents[row] for row in rows]).to(device, torch.float32)
-                mask = F.interpolate(mask, size=latent_size, mode="nearest").to(device)
 
                 # 5. Denoising
                 step_kwargs = {"eta": eta, "generator": batch_generator}
@@ -740,7 +787,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                     batch_scheduler,
                     timesteps,
                     batch_latents,
-                    mask.repeat_interleave(num_images_per_prompt, dim=0),
+                    mask,
                     batch_masked,
                     guidance_scale,
                     guidance_start,
