@@ -9,11 +9,14 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import ExifTags, Image, ImageCms
 
 import diffusers_moebius
 from diffusers_moebius import convert_release_checkpoint
 from diffusers_moebius.cli import main
+from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 
 SIZE = (72, 56)
@@ -159,23 +162,82 @@ def test_options_reach_the_pipeline(moebius, folder, model, monkeypatch):
         "num_inference_steps": None,
         "guidance_scale": None,
         "strength": None,
+        "masked_content": "original",
         "padding_mask_crop": 64,
         "mask_dilation": 0,
         "paste": "exact",
         "color_compensation": False,
     }
     options = "--steps 7 --guidance 1.5 --strength 0.5 --no-crop --mask-dilation 3 --paste none --color-compensation"
+    options += " --masked-content fill"
     moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model, "--seed", 5, *options.split())
     assert {key: calls[1][key] for key in defaults} == {
         "num_inference_steps": 7,
         "guidance_scale": 1.5,
         "strength": 0.5,
+        "masked_content": "fill",
         "padding_mask_crop": None,
         "mask_dilation": 3,
         "paste": None,
         "color_compensation": True,
     }
     assert calls[1]["generator"].initial_seed() == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "used"), [([], "DPMSolverMultistep"), (["--scheduler", "unipc"], "UniPCMultistep")]
+)
+def test_fast_takes_few_steps_with_prepared_weights(moebius, folder, model, monkeypatch, options, used):
+    calls = []
+
+    def record(self, **kwargs):
+        calls.append((type(self.scheduler).__name__, self.config.default_num_inference_steps, self.unet.is_fused))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MoebiusInpaintPipeline, "__call__", record)
+    moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model, "--fast", *options)
+    assert calls == [(f"{used}Scheduler", 6, True)]
+
+
+@pytest.fixture
+def adapter(folder, model) -> str:
+    """A folder with a LoRA adapter that has a strong effect on the model."""
+    torch.manual_seed(0)
+    unet = MoebiusUNet2DModel.from_config(MoebiusUNet2DModel.load_config(f"{model}/unet"))
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=20, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    metadata = unet.peft_config["default"].to_dict()
+    MoebiusInpaintPipeline.save_lora_weights(
+        "adapter", get_peft_model_state_dict(unet), unet_lora_adapter_metadata=metadata
+    )
+    return "adapter"
+
+
+def test_adapters_act_by_their_scale(moebius, folder, model, adapter):
+    pictures = {}
+    for name, loras in {
+        "none": [],
+        "one": [adapter],
+        "zero": [f"{adapter}:0"],
+        "half": [f"{adapter}/pytorch_lora_weights.safetensors:0.5"],
+        "halves": [f"{adapter}:0.25", f"{adapter}:0.25"],
+    }.items():
+        options = [part for lora in loras for part in ("--lora", lora)]
+        arguments = ("-o", f"{name}.png", "--model", model, "--steps", 2, *options)
+        assert moebius("inpaint", "photo.png", "mask.png", *arguments) == (0, [f"{name}.png"], [])
+        pictures[name] = np.asarray(Image.open(f"{name}.png")).astype(int)
+    assert np.array_equal(pictures["zero"], pictures["none"])
+    assert np.abs(pictures["half"] - pictures["halves"]).max() <= 1
+    for name, other in (("none", "one"), ("none", "half"), ("half", "one")):
+        assert np.abs(pictures[name] - pictures[other]).max() > 1
+
+
+@pytest.mark.parametrize(
+    "lora, named", [("adapter:much", "'adapter:much'"), (":2", "':2'"), ("nowhere", "nowhere cann")]
+)
+def test_adapters_that_are_none(moebius, folder, model, lora, named):
+    code, out, err = moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model, "--lora", lora)
+    assert (code, out, len(err)) == (2, [], 1) and "`--lora`" in err[0] and named in err[0]
+    assert not Path("out.png").exists()
 
 
 def test_default_model_is_named_with_the_way_to_full_quality(moebius, folder, model, monkeypatch):

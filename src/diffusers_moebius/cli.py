@@ -2,6 +2,7 @@
 
 import json as json_module
 import logging
+import math
 import os
 import sys
 import warnings
@@ -61,6 +62,14 @@ class Paste(str, Enum):
     exact = "exact"
     blur = "blur"
     none = "none"
+
+
+class MaskedContent(str, Enum):
+    """What the hole holds where the start is not pure noise."""
+
+    original = "original"
+    fill = "fill"
+    noise = "noise"
 
 
 class Job(NamedTuple):
@@ -133,6 +142,13 @@ def inpaint(
     ],
     model: ModelOption = DEFAULT_MODEL,
     checkpoint: CheckpointOption = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER|FILE|REPO[:SCALE]",
+            help="A LoRA adapter for the model, with a weight other than 1 after a colon. May be given several times.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Denoising steps.", show_default="the model's")
     ] = None,
@@ -145,6 +161,14 @@ def inpaint(
             help="How much of the old content is replaced by noise, above 0 and up to 1.", show_default="the model's"
         ),
     ] = None,
+    masked_content: Annotated[
+        MaskedContent,
+        typer.Option(help="What the hole starts from with a strength below 1; fill continues the colours around it."),
+    ] = MaskedContent.original,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Few steps where the model takes many, and weights prepared for speed."),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, another filling.")] = 0,
     crop_margin: Annotated[
         int,
@@ -199,6 +223,7 @@ def inpaint(
         raise ValueError(f"`--strength` must be above 0 and at most 1, but is {strength}.")
     if model == DEFAULT_MODEL and checkpoint is not None:
         raise ValueError(f"`--checkpoint` is for published repositories, but the model is {model!r}.")
+    adapters = [_split_scale(value) for value in lora or []]
     many = photo.is_dir()
     failures = 0
 
@@ -224,11 +249,17 @@ def inpaint(
     if jobs:
         if model == DEFAULT_MODEL:
             _note(f"using the small model {model!r} that comes with the package; {FULL_MODEL_HINT}")
-        pipeline = _load_pipeline(model, checkpoint, device, dtype, scheduler)
+        pipeline = _load_pipeline(model, checkpoint, device, dtype)
+        _add_adapters(pipeline, adapters)
+        if fast:
+            pipeline.use_few_steps().prepare_for_inference()
+        if scheduler is not None:
+            pipeline.scheduler = _make_scheduler(scheduler, pipeline.scheduler)
         options = {
             "num_inference_steps": steps,
             "guidance_scale": guidance,
             "strength": strength,
+            "masked_content": masked_content.value,
             "padding_mask_crop": None if no_crop else crop_margin,
             "mask_dilation": mask_dilation,
             "paste": None if paste is Paste.none else paste.value,
@@ -462,9 +493,7 @@ def _inpaint_job(
     return [job.output, job.preview]
 
 
-def _load_pipeline(
-    model: str, checkpoint: str | None, device: str, dtype: DType, scheduler: Scheduler | None = None
-) -> "MoebiusInpaintPipeline":
+def _load_pipeline(model: str, checkpoint: str | None, device: str, dtype: DType) -> "MoebiusInpaintPipeline":
     import diffusers
     import torch
 
@@ -483,10 +512,39 @@ def _load_pipeline(
         raise ValueError(f"The model {model} cannot be loaded: {error}") from error
     finally:
         diffusers.utils.logging.enable_progress_bar()
-    if scheduler is not None:
-        scheduler_class = getattr(diffusers, SCHEDULER_CLASSES[scheduler])
-        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
     return pipeline.to(torch_device)
+
+
+def _make_scheduler(scheduler: Scheduler, other: Any) -> Any:
+    import diffusers
+
+    return getattr(diffusers, SCHEDULER_CLASSES[scheduler]).from_config(other.config)
+
+
+def _split_scale(lora: str) -> tuple[str, float]:
+    source, colon, scale = lora.rpartition(":")
+    if not colon or os.path.exists(lora):
+        return lora, 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not source or not math.isfinite(number):
+        raise ValueError(f"`--lora` must be a folder, a file or a repository, or that and :SCALE, but is {lora!r}.")
+    return source, number
+
+
+def _add_adapters(pipeline: "MoebiusInpaintPipeline", adapters: list[tuple[str, float]]) -> None:
+    if not adapters:
+        return
+    names = [f"adapter_{number}" for number in range(len(adapters))]
+    for name, (source, _) in zip(names, adapters):
+        try:
+            pipeline.load_lora_weights(source, adapter_name=name)
+        except Exception as error:  # As for models, each kind of trouble has an error of its own.
+            raise ValueError(f"`--lora` {source} cannot be loaded: {error}") from error
+    pipeline.set_adapters(names, [scale for _, scale in adapters])
+    pipeline.fuse_lora()  # costs no time in the steps
 
 
 def _choose_device(device: str) -> "torch.device":
