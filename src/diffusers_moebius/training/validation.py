@@ -9,7 +9,8 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from .components import ConditionedDenoiser
-from .data import PictureDataset, PictureReader, encode_latents
+from .data import PictureDataset, PictureReader
+from .latents import encode_latents
 from .objective import noise_batch, sample_generators
 
 
