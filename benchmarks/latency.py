@@ -44,10 +44,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from diffusers import AutoencoderTiny, DDIMScheduler
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_moebius import MoebiusUNet2DModel
+from diffusers_moebius import LatentCategoriesEmbedder, MoebiusInpaintPipeline, MoebiusUNet2DModel
 
 VARIANTS = ("reference", "fast", "folded", "bf16", "fp16", "compiled", "onnx")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -320,6 +323,60 @@ def measure_size(args: argparse.Namespace, device: str, height: int, width: int,
     }
 
 
+def measure_whole_run(config: dict, device: str, steps: int) -> dict[str, dict]:
+    """
+    Whole calls of the pipeline with guidance at 512 px: reference processors, prepared, and prepared with few steps.
+
+    The autoencoder is an `AutoencoderTiny` of diffusers' default size, with random weights. Largest differences are
+    those of the final latents from the first row's, relative to their largest value.
+    """
+    torch.manual_seed(0)
+    vae = AutoencoderTiny().eval()
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    model = make_model(config)
+    tokens, width = model.config.context_length, model.config.encoder_hid_dim
+    embedder = LatentCategoriesEmbedder(num_embeddings=2 * tokens, embedding_dim=width)
+    y, x = np.mgrid[:512, :512]
+    photo = np.stack([x // 2, y // 2, (x + y) // 4], -1).astype(np.uint8)
+    hole = (abs(x - 256) < 90) & (abs(y - 256) < 120)
+    results, expected = {}, None
+    for name in ("reference", "folded", "fast"):
+        pipe = MoebiusInpaintPipeline(vae, model, embedder, scheduler, default_num_inference_steps=steps)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.to(device)
+        model.set_lambda_algorithm("reference" if name == "reference" else "fast")
+        if name != "reference":
+            pipe.prepare_for_inference()
+        if name == "fast":
+            pipe.use_few_steps()
+        latents = []
+
+        def keep(pipe, step, timestep, tensors, latents=latents):
+            latents[:] = [tensors["latents"]]
+            return tensors
+
+        start, cpu = now(device), time.process_time()
+        call = {"strength": 1.0, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
+        pipe(photo, hole, callback_on_step_end=keep, **call)
+        row = {"steps": pipe.num_timesteps, "wall": now(device) - start, "cpu": time.process_time() - cpu}
+        expected = latents[0] if expected is None else expected
+        if name != "fast":
+            row["difference"] = ((latents[0] - expected).abs().max() / expected.abs().max()).item()
+        results[name] = row
+    return results
+
+
+def whole_run_table(results: dict[str, dict]) -> str:
+    lines = ["| whole run, 512 px | steps | s | ratio | ratio of CPU time | largest difference of the latents |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    first = results["reference"]
+    for name, row in results.items():
+        difference = f"{row['difference']:.1e}" if "difference" in row else ""
+        ratios = f"{row['wall'] / first['wall']:.3f} | {row['cpu'] / first['cpu']:.3f}"
+        lines.append(f"| {name} | {row['steps']} | {row['wall']:.1f} | {ratios} | {difference} |")
+    return "\n".join(lines)
+
+
 def measure_import() -> dict[str, float]:
     """Seconds that a fresh interpreter takes to import torch and diffusers, and then this package's pipeline."""
     code = (
@@ -340,9 +397,6 @@ def measure_import() -> dict[str, float]:
 
 def measure_command() -> dict[str, float]:
     """Seconds and peak resident bytes of `moebius inpaint --fast` on a picture of 512 px, from a cold command line."""
-    import numpy as np
-    from PIL import Image
-
     with tempfile.TemporaryDirectory() as folder:
         y, x = np.mgrid[:512, :512]
         Image.fromarray(np.stack([x // 2, y // 2, (x + y) // 4], -1).astype(np.uint8)).save(f"{folder}/photo.png")
@@ -442,6 +496,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batches", nargs="*", type=int, default=[4], help="further batches, of the first row and folded at 512 px")
     add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:5], help="compiled and onnx take minutes")
     add("--rounds", type=int, default=5)
+    add(
+        "--whole_run", type=int, metavar="STEPS", help="also whole runs with guidance, such as 20 steps; takes minutes"
+    )
     add("--threads", type=int, help="threads of PyTorch; default: its own choice")
     add("--devices", nargs="+", choices=("cpu", "cuda"), help="default: the CPU, and the GPU where there is one")
     add("--skip_command", action="store_true", help="leave out import time and command line")
@@ -476,6 +533,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(size_table(results[-1]) + "\n", flush=True)
         print("**Growth with area and batch**\n\n" + growth_table(results) + "\n", flush=True)
         report["sizes"] += results
+        if args.whole_run is not None:
+            report.setdefault("whole_runs", {})[device] = measure_whole_run(args.config, device, args.whole_run)
+            print(whole_run_table(report["whole_runs"][device]) + "\n", flush=True)
     if not args.skip_command:
         report["import"] = measure_import()
         report["command"] = measure_command()

@@ -196,7 +196,7 @@ def test_fast_takes_few_steps_with_prepared_weights(moebius, folder, model, monk
 
     monkeypatch.setattr(MoebiusInpaintPipeline, "__call__", record)
     moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model, "--fast", *options)
-    assert calls == [(f"{used}Scheduler", 6, True)]
+    assert calls == [(f"{used}Scheduler", 5, True)]
 
 
 @pytest.fixture

@@ -185,7 +185,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             self.unet.compile(fullgraph=True, mode=compile if isinstance(compile, str) else None)
         return self
 
-    def use_few_steps(self, num_inference_steps: int = 6) -> "MoebiusInpaintPipeline":
+    def use_few_steps(self, num_inference_steps: int = 5) -> "MoebiusInpaintPipeline":
         """
         Makes calls that name no steps take few of them: DPM-Solver++ 2M from pure noise in evenly spaced steps.
 
@@ -193,7 +193,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         `docs/performance.md` compares samplers and numbers of steps.
 
         Args:
-            num_inference_steps (`int`, defaults to 6): Steps of a call that names none.
+            num_inference_steps (`int`, defaults to 5): Steps of a call that names none.
 
         Returns:
             [`MoebiusInpaintPipeline`]: The same object.
