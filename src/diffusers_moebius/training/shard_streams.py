@@ -53,6 +53,17 @@ def resolve_url(url: str) -> tuple[str, dict[str, str]]:
     return address, build_hf_headers()
 
 
+class _StrictTarInfo(tarfile.TarInfo):
+    """The standard reader takes a broken header behind the first one for the end of the archive, without a word."""
+
+    @classmethod
+    def fromtarfile(cls, archive):
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
+            raise tarfile.ReadError(f"broken at byte {archive.offset}: {error}") from error
+
+
 class ReconnectingStream(io.RawIOBase):
     """
     The bytes of a URL from a position on; after a broken connection it goes on where it broke.
@@ -166,7 +177,7 @@ def read_shard(shard: str, offset: int = 0) -> Iterator[StreamedSample]:
         else:
             raw = Path(shard).open("rb")  # noqa: SIM115, closed below
             raw.seek(offset)
-        with raw, tarfile.open(fileobj=raw, mode="r|") as archive:
+        with raw, tarfile.open(fileobj=raw, mode="r|", tarinfo=_StrictTarInfo) as archive:
             key, members, start = None, {}, offset
             for member in archive:
                 # A stream keeps no members: a shard of a million would fill the memory with their headers.
