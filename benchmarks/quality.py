@@ -29,7 +29,8 @@ the photo or of the protocol:
 
 LPIPS is that on AlexNet, version 0.1, unless the weights given are those on VGG16. A metric whose network is not there
 is left out, and the report says why. With `--results` each picture's scores are written at once and a run that was
-interrupted goes on; the folder ends with `report.md` and `report.json`.
+interrupted goes on; the folder ends with `report.md` and `report.json`. On several CPUs start the processes with
+`torchrun --nproc_per_node 2`: `accelerate launch --cpu` starts one, unless there is MPI.
 """
 
 import argparse

@@ -351,7 +351,7 @@ def test_sweep_with_fid_and_efficiency(
     quality, tiny_pipeline, photo, mask, lpips_weights, fid_weights, tmp_path, capsys
 ):
     tiny_pipeline.save_pretrained(tmp_path / "model")
-    options = ["--data", write_data(tmp_path / "data", photo, mask), "--lpips_weights", lpips_weights]
+    options = ["--data", write_data(tmp_path / "data", photo, mask, 2), "--lpips_weights", lpips_weights]
     options += ["--model", tmp_path / "model", "--steps", 2, "--strength", 1, "--fid_weights", fid_weights]
     results = tmp_path / "results"
     run_main(quality, *options, "--guidance_scale", 1, 2.5, "--efficiency", "--results", results)
@@ -473,20 +473,12 @@ def test_two_processes_give_the_numbers_of_one(
 ):
     tiny_pipeline.save_pretrained(tmp_path / "model")
     options = ["--data", write_data(tmp_path / "data", photo, mask), "--lpips_weights", lpips_weights]
-    options += ["--fid_weights", fid_weights, "--model", tmp_path / "model", "--steps", 2]
+    options += ["--fid_weights", fid_weights, "--model", tmp_path / "model", "--steps", 2, "--device", "cpu"]
     run_main(quality, *options, "--json", tmp_path / "one.json")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        2,
-        "--cpu",
-        "--main_process_port",
-        0,
-    ]
+    # `accelerate launch --cpu --num_processes 2` starts one process only, unless MPI is there; torchrun starts two.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launch, SCRIPT, *options, "--json", tmp_path / "two.json", "--results", tmp_path / "results"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     run = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("| model |") == 3  # all holes and two kinds, printed by one process alone
