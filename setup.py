@@ -22,6 +22,7 @@ EXTRAS = {
     "perceptual": ["elatentlpips>=0.2"],
     "demo": ["gradio>=6.0", "scikit-image>=0.24"],
     "eval": ["opencv-python-headless>=4.10", "scikit-image>=0.24"],
+    "bench": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
     "fid": ["torch-fidelity>=0.3"],  # brings torchvision; without it the FID takes Inception as TorchScript
 }
 EXTRAS["dev"] = sorted(

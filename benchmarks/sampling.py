@@ -6,9 +6,9 @@
 The data is what `quality.py` takes: photos `NAME.jpg` with masks `NAME.mask.png`, in a folder or a tar file. The hole
 is blanked before anything else, and results are pasted with a hard edge, so that the hole alone counts.
 
-Each row is compared with its reference, the result of 100 DDIM steps from the same noise, and with the photo: PSNR over
-the pixels of the hole and the mean of the LPIPS map over the hole, both averaged over the photos. Evaluations are those
-of the U-Net for one branch: a guided step has two.
+Each row is compared with its reference, the result of 100 DDIM steps from the same noise, and with the photo: PSNR
+over the pixels of the hole and the mean of the LPIPS map over the hole, both averaged over the photos. Evaluations are
+those of the U-Net for one branch: a guided step has two.
 """
 
 import argparse

@@ -1,0 +1,91 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_moebius.training.perceptual import LPIPS
+
+pytest.importorskip("skimage")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def sampling():
+    sys.path.insert(0, str(BENCHMARKS))  # as for a script, whose folder Python puts there
+    try:
+        spec = importlib.util.spec_from_file_location("sampling", BENCHMARKS / "sampling.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+@pytest.fixture(scope="module")
+def lpips():
+    """AlexNet's shape with few channels and random weights."""
+    generator = torch.Generator().manual_seed(0)
+    weights, channels = {}, 3
+    for i, (width, kernel) in enumerate([(4, 11), (5, 5), (6, 3), (4, 3), (3, 3)]):
+        weights[f"conv.{i}.weight"] = torch.randn(width, channels, kernel, kernel, generator=generator) / kernel
+        weights[f"conv.{i}.bias"] = torch.zeros(width)
+        weights[f"head.{i}"] = torch.rand(width, generator=generator)
+        channels = width
+    return LPIPS(weights).eval()
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:44, 16:40] = 255
+    for number in range(2):
+        Image.fromarray(random.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(mask).save(folder / f"{number}.mask.png")
+    return folder
+
+
+def test_rows_are_compared_with_the_reference_and_the_photo(sampling, lpips, data, tiny_pipeline, tmp_path):
+    options = ["--data", data, "--steps", "2", "4", "--reference_steps", "4", "--sampler_steps", "4"]
+    args = sampling.parse_args([str(option) for option in [*options, "--json", tmp_path / "scores.json"]])
+    scheduler = tiny_pipeline.scheduler
+    samples = sampling.Samples(data, limit=1)
+    results = sampling.compare(args, tiny_pipeline, lpips, samples)
+    assert json.loads((tmp_path / "scores.json").read_text()) == results
+    assert tiny_pipeline.scheduler is scheduler
+
+    first = {(row["name"], row["steps"]): row for row in results if row["table"] == "Samplers and steps"}
+    assert len(first) == 2 * len(sampling.SAMPLERS)
+    same = first["DDIM", 4]["scores"]  # the reference itself
+    assert same["psnr_reference"] == 100 and same["lpips_reference"] == 0
+    assert first["DDIM", 2]["scores"]["psnr_reference"] < 100
+    assert first["DDIM", 2]["evaluations"] == 4  # the pipeline guides by default
+    guided = {row["name"]: row["evaluations"] for row in results if row["table"].startswith("Guidance")}
+    assert guided == {
+        "guidance from 0 to 1": 8,
+        "guidance from 0 to 0.5": 6,
+        "guidance from 0.5 to 1": 6,
+        "guidance from 0.25 to 0.75": 6,
+        "no guidance": 4,
+    }
+    starts = {row["name"]: row["evaluations"] for row in results if row["table"] == "Starting points"}
+    assert starts["pure noise"] == 8 and starts["fill, strength 0.5"] == 4
+
+    table = sampling.markdown_tables(args, results)
+    assert table.count("**") == 6
+    assert f"| DDIM | 4 | 8 | 100.00 | 0.000 | {same['psnr_photo']:.2f} | {same['lpips_photo']:.3f} |" in table
+
+
+@pytest.mark.parametrize("option", ["--limit", "--steps", "--sampler_steps"])
+def test_wrong_options_are_refused(sampling, capsys, option):
+    with pytest.raises(SystemExit) as error:
+        sampling.parse_args(["--data", "x", option, "0"])
+    assert error.value.code == 2
+    assert option in capsys.readouterr().err
