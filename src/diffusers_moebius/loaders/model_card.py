@@ -82,7 +82,7 @@ def make_model_card(pipeline, repo_id: str) -> ModelCard:
     components = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     counts = {name: sum(weight.numel() for weight in part.parameters()) for name, part in components.items()}
     rows = [f"| `{name}` | {type(part).__name__} | {counts[name]:,} |" for name, part in components.items()]
-    base_model = _repository(pipeline.config.get("_name_or_path"))
+    base_model = hub_repository(pipeline.config.get("_name_or_path"))
     data = ModelCardData(
         license="apache-2.0",
         library_name="diffusers",
@@ -102,7 +102,7 @@ def make_model_card(pipeline, repo_id: str) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def _repository(name_or_path: str | None) -> str | None:
+def hub_repository(name_or_path: str | None) -> str | None:
     """The name if it is that of a repository on the hub, which a path of this machine is not."""
     if name_or_path is None or str(name_or_path).count("/") != 1 or os.path.exists(name_or_path):
         return None

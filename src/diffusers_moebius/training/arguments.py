@@ -88,8 +88,8 @@ def add_optimization_arguments(
     add("--max_grad_norm", type=float, default=1.0)
     if not freeze_batch_norm:
         add("--freeze_batch_norm", action="store_true", help="train with the BatchNorm statistics of inference")
-    else:
-        parser.set_defaults(freeze_batch_norm=True)
+    else:  # accepted, so that the command in a model card can be run
+        add("--freeze_batch_norm", action="store_true", default=True, help=argparse.SUPPRESS)
     add("--use_ema", action="store_true", help="average the weights; the average is validated and saved")
     add("--ema_decay", type=float, default=0.9999)
 

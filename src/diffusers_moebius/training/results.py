@@ -7,13 +7,36 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, create_repo
+from huggingface_hub import HfApi, ModelCard, ModelCardData, create_repo
 
+from ..loaders.model_card import PAPER, hub_repository
+from ..models.unet_2d_moebius import adapter_layers
 from .checkpoints import list_checkpoints
 from .loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("diffusers-moebius", "diffusers", "torch", "accelerate")
+LORA_TEXT = """# {title}
+
+A LoRA adapter for {base}, a [Moebius](https://arxiv.org/abs/{paper}) pipeline for image inpainting.
+
+## Use
+
+```python
+import torch
+from diffusers.utils import load_image
+from diffusers_moebius import MoebiusInpaintPipeline
+
+pipe = MoebiusInpaintPipeline.from_pretrained("{location}", dtype=torch.float16).to("cuda")
+pipe.load_lora_weights("{name}")
+pipe.fuse_lora(lora_scale=1.0)  # a smaller scale has less effect
+photo, mask = load_image("photo.png"), load_image("mask.png")  # white is filled
+result = pipe(image=photo, mask_image=mask).images[0]
+```
+
+Or `moebius inpaint photo.png mask.png -o result.png --model {location} --lora {name}`. Rank {rank}, beside
+{layers} layers: {targets}.
+"""
 
 
 def plot_curves(rows: list[dict[str, str]], path: Path) -> bool:
@@ -37,6 +60,36 @@ def plot_curves(rows: list[dict[str, str]], path: Path) -> bool:
     axes.legend()
     figure.savefig(path)
     return True
+
+
+def make_lora_card(pipeline, loop: TrainingLoop) -> ModelCard:
+    """
+    The model card of the adapter `default` of a pipeline.
+
+    Args:
+        pipeline ([`MoebiusInpaintPipeline`]): The pipeline with the adapter.
+        loop ([`TrainingLoop`]): Its run.
+    """
+    config = pipeline.unet.peft_config["default"]
+    base = hub_repository(loop.args.pretrained_model_name_or_path)
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="image-to-image",  # the hub has no tag for inpainting
+        tags=["lora", "inpainting", "image-inpainting", "moebius", f"arxiv:{PAPER}"],
+        base_model=base,
+    )
+    name = loop.args.hub_model_id or loop.output_dir.resolve().name
+    text = LORA_TEXT.format(
+        title=name.rpartition("/")[2],
+        name=name,
+        base=f"[{base}](https://huggingface.co/{base})" if base else "a model that was in a folder",
+        location=base or Path(loop.args.pretrained_model_name_or_path).name,
+        paper=PAPER,
+        rank=config.r,
+        layers=len(adapter_layers(pipeline.unet)),
+        targets=", ".join(f"`{target}`" for target in sorted(config.target_modules)),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def training_section(loop: TrainingLoop, data: str, scores: dict[str, float]) -> str:
