@@ -46,7 +46,7 @@ import cv2
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from efficiency import efficiency_table, measure_efficiency
 from PIL import Image, ImageDraw
 from quality_data import PROTOCOLS, Protocol, Sample, Samples, blank_hole
@@ -277,9 +277,13 @@ def describe_run(args: argparse.Namespace, protocol: Protocol, count: int, has_f
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     protocol = PROTOCOLS[args.protocol]
-    state = PartialState()
     if args.device is None:
-        args.device = str(state.device) if state.num_processes > 1 or torch.cuda.is_available() else "cpu"
+        has_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+        args.device = "cuda" if has_gpu else "cpu"
+    # Told nothing, accelerate takes each of several processes on CPUs for the only one.
+    state = PartialState(cpu=args.device == "cpu")
+    if state.num_processes > 1:
+        args.device = str(state.device)
     samples = Samples(args.data, args.masks, protocol, args.limit, args.resolution, args.seed)
     lpips, inception, notes = load_networks(args)
     if state.is_main_process:
