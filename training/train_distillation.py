@@ -37,6 +37,7 @@ from diffusers_moebius.training.components import (
     build_lr_scheduler,
     build_optimizer,
     build_pipeline,
+    describe_dataset,
     prepare_denoiser,
     recalibrate_batch_norm,
     with_latents,
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     perceptual_loss = build_perceptual_loss(args, pipeline.vae, device)
     validation = Validation(args, pipeline.vae) if args.validation_data and loop.is_main else None
     sizes = [sum(p.numel() for p in unet.parameters()) / 1e6 for unet in (pipeline.unet, teacher)]
-    logger.info("%d samples, student of %.1f M parameters, teacher of %.1f M", len(dataset), *sizes)
+    logger.info("%s, student of %.1f M parameters, teacher of %.1f M", describe_dataset(args, dataset), *sizes)
 
     # optimiser and balance
     modules = {"unet": model.unet, "lcg_embedder": model.lcg_embedder}
@@ -212,22 +213,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     # result
     if loop.finished:
-        bare = loop.bare_model
-        if loop.ema is not None:
-            loop.ema.copy_to(loop.trained_parameters)
-        if not args.freeze_batch_norm:
-            batches = loop.numbered_batches(dataset, loop.step * args.gradient_accumulation_steps)
+        batches = loop.batches_from(dataset, loop.step * args.gradient_accumulation_steps)
+        batches = loop.with_generators(batches)
+        with loop.averaged_weights() as bare:
 
             def forward(number):
                 noised = noise(*next(batches))
                 bare(noised.model_input, noised.timesteps, noised.category_ids)
 
-            recalibrate_batch_norm(bare, forward, 50)
-        if loop.is_main:
-            pipeline.save_pretrained(loop.output_dir)
-            add_to_card(loop.output_dir, training_section(loop, f"{len(dataset):,} samples", scores))
-            logger.info("wrote the pipeline to %s", loop.output_dir)
-            push_results(loop)
+            if not args.freeze_batch_norm:
+                recalibrate_batch_norm(bare, forward, 50)
+            if loop.is_main:
+                pipeline.save_pretrained(loop.output_dir)
+                add_to_card(loop.output_dir, training_section(loop, describe_dataset(args, dataset), scores))
+                logger.info("wrote the pipeline to %s", loop.output_dir)
+                push_results(loop)
     accelerator.end_training()
 
 

@@ -34,6 +34,7 @@ from diffusers_moebius.training.components import (
     build_lr_scheduler,
     build_optimizer,
     build_pipeline,
+    describe_dataset,
     prepare_denoiser,
     recalibrate_batch_norm,
     with_latents,
@@ -80,7 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
     noise_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
     num_embeddings = model.lcg_embedder.config.num_embeddings
     validation = Validation(args, pipeline.vae) if args.validation_data and loop.is_main else None
-    logger.info("%d samples, %.1f M parameters", len(dataset), sum(p.numel() for p in model.parameters()) / 1e6)
+    logger.info(
+        "%s, %.1f M parameters", describe_dataset(args, dataset), sum(p.numel() for p in model.parameters()) / 1e6
+    )
 
     # optimiser
     modules = {"unet": model.unet, "lcg_embedder": model.lcg_embedder}
@@ -117,22 +120,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     # result
     if loop.finished:
-        bare = loop.bare_model
-        if loop.ema is not None:
-            loop.ema.copy_to(loop.trained_parameters)
-        if not args.freeze_batch_norm:
-            batches = loop.numbered_batches(dataset, loop.step * args.gradient_accumulation_steps)
+        batches = loop.batches_from(dataset, loop.step * args.gradient_accumulation_steps)
+        batches = loop.with_generators(batches)
+        with loop.averaged_weights() as bare:
 
             def forward(number):
                 noised = noise(*next(batches))
                 bare(noised.model_input, noised.timesteps, noised.category_ids)
 
-            recalibrate_batch_norm(bare, forward, 50)
-        if loop.is_main:
-            pipeline.save_pretrained(loop.output_dir)
-            add_to_card(loop.output_dir, training_section(loop, f"{len(dataset):,} samples", scores))
-            logger.info("wrote the pipeline to %s", loop.output_dir)
-            push_results(loop)
+            if not args.freeze_batch_norm:
+                recalibrate_batch_norm(bare, forward, 50)
+            if loop.is_main:
+                pipeline.save_pretrained(loop.output_dir)
+                add_to_card(loop.output_dir, training_section(loop, describe_dataset(args, dataset), scores))
+                logger.info("wrote the pipeline to %s", loop.output_dir)
+                push_results(loop)
     loop.accelerator.end_training()
 
 

@@ -33,6 +33,7 @@ from diffusers_moebius.training.components import (
     build_lr_scheduler,
     build_optimizer,
     build_pipeline,
+    describe_dataset,
     prepare_denoiser,
     with_latents,
 )
@@ -131,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     num_embeddings = model.lcg_embedder.config.num_embeddings
     validation = Validation(args, pipeline.vae) if args.validation_data and loop.is_main else None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("%d samples, %.2f M parameters of the adapter", len(dataset), trained / 1e6)
+    logger.info("%s, %.2f M parameters of the adapter", describe_dataset(args, dataset), trained / 1e6)
 
     # optimiser
     optimizer = build_optimizer(args, {"unet": model.unet}, device, loop.accelerator.num_processes)
@@ -186,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         with loop.averaged_weights():
             save_adapter(loop.output_dir)
         make_lora_card(pipeline, loop).save(loop.output_dir / "README.md")
-        add_to_card(loop.output_dir, training_section(loop, f"{len(dataset):,} samples", scores))
+        add_to_card(loop.output_dir, training_section(loop, describe_dataset(args, dataset), scores))
         logger.info("wrote the adapter to %s", loop.output_dir)
         push_results(loop)
     loop.accelerator.end_training()

@@ -32,10 +32,11 @@ from diffusers_moebius.training.checkpoints import (
     find_checkpoint,
     partial_checkpoint,
 )
-from diffusers_moebius.training.data import PictureReader, picture_to_tensor, random_resized_crop
 from diffusers_moebius.training.masks import MASK_PRESETS, random_mask
 from diffusers_moebius.training.optimizers import Muon, muon_parameter_groups
 from diffusers_moebius.training.perceptual import LPIPS
+from diffusers_moebius.training.picture_datasets import picture_to_tensor, random_resized_crop
+from diffusers_moebius.training.picture_sources import PictureReader
 
 logger = logging.getLogger("train_tiny_vae")
 

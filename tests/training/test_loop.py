@@ -108,6 +108,7 @@ def test_old_checkpoints_are_pruned_by_number(script, command, tmp_path):
     assert sorted(path.name for path in out.glob("*-*")) == ["checkpoint-10", "checkpoint-11"]
 
 
+@pytest.mark.timeout(900)  # starts six processes
 def test_two_processes_give_the_gradients_of_one_with_the_doubled_batch(command, tmp_path):
     command = [*command, f"--cache_latents={tmp_path / 'cache'}", "--max_train_steps=1", "--max_grad_norm=1e9"]
     command += ["--hole_loss_weight=8", "--checkpointing_steps=1"]

@@ -107,6 +107,7 @@ def test_the_teacher_matters_and_stays_as_it_was(script, distil, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.timeout(900)  # starts three processes
 def test_two_processes_balance_alike(distil, tmp_path):
     distil = [*distil, "--freeze_batch_norm", "--optimizer=adamw", "--max_train_steps=1", "--max_grad_norm=1e9"]
     gradients = []

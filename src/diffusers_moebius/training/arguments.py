@@ -24,7 +24,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", nargs="+", help="folders of photos")
-    add("--train_shards_path_or_url", nargs="+", help="WebDataset tar shards, or glob patterns of them")
+    add(
+        "--train_shards_path_or_url",
+        nargs="+",
+        help="WebDataset tar shards: files, patterns with * or {000..127}, or URLs, which are streamed",
+    )
+    add("--train_metadata", nargs="+", help="files of JSON lines with `image`, `mask` and `category`")
+    add("--dataset_name", help="data set of the hub, or a folder that `datasets` can load")
+    add("--dataset_config_name", help="its configuration")
+    add("--dataset_split", default="train")
+    add("--image_column", default="image")
+    add("--stream_shards", action="store_true", help="stream local shards too, instead of indexing them first")
+    add("--shuffle_buffer_size", type=int, default=1000, help="samples that each reader of a stream shuffles")
     add("--cache_latents", metavar="DIR", help="encode crops and holes once into this folder, or use what it holds")
     add("--cache_masks_per_picture", type=int, default=3)
     add("--cache_crops_per_picture", type=int, default=1)

@@ -15,7 +15,8 @@ from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 from ..pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
-from .data import LatentCacheDataset, PictureDataset, PictureReader, build_latent_cache, encode_latents
+from .data import open_training_data
+from .latents import LatentCacheDataset, build_latent_cache, encode_latents
 from .optimizers import Muon, muon_parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -108,31 +109,44 @@ def prepare_denoiser(args: argparse.Namespace, pipeline: MoebiusInpaintPipeline)
     return ConditionedDenoiser(pipeline.unet, pipeline.lcg_embedder)
 
 
-def build_dataset(args: argparse.Namespace, vae: nn.Module, accelerator) -> torch.utils.data.Dataset:
+def build_dataset(args: argparse.Namespace, vae: nn.Module, accelerator):
     """The training data that the arguments name; fills the latent cache first if one is asked for."""
-    sources = [*(args.train_data_dir or []), *(args.train_shards_path_or_url or [])]
-    pictures = None
-    if sources:
-        pictures = PictureDataset(PictureReader(sources), args.resolution, args.mask_presets, args.seed)
-    elif args.cache_latents is None:
-        raise ValueError("`train_data_dir`, `train_shards_path_or_url` or a filled `cache_latents` must be given.")
+    sources = (args.train_data_dir, args.train_shards_path_or_url, args.train_metadata, args.dataset_name)
+    if args.cache_latents is not None and not any(sources):
+        return LatentCacheDataset(args.cache_latents)
+    pictures = open_training_data(
+        args.resolution,
+        args.mask_presets,
+        args.seed,
+        *sources,
+        args.dataset_config_name,
+        args.dataset_split,
+        args.image_column,
+        args.stream_shards,
+        args.shuffle_buffer_size,
+    )
     if args.cache_latents is None:
         return pictures
-    if pictures is not None:
-        build_latent_cache(
-            vae,
-            pictures,
-            args.cache_latents,
-            args.cache_masks_per_picture,
-            args.cache_crops_per_picture,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            progress=lambda done, total: logger.info("latent cache: shard %d of %d", done, total),
-        )
-        if pictures.reader.skipped:
-            logger.warning("%d unreadable files skipped: %s", len(pictures.reader.skipped), pictures.reader.skipped)
+    build_latent_cache(
+        vae,
+        pictures,
+        args.cache_latents,
+        args.cache_masks_per_picture,
+        args.cache_crops_per_picture,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        progress=lambda done, total: logger.info("latent cache: shard %d of %d", done, total),
+    )
     accelerator.wait_for_everyone()
     return LatentCacheDataset(args.cache_latents)
+
+
+def describe_dataset(args: argparse.Namespace, dataset) -> str:
+    """What a run was trained on, for its log and its model card: the number of samples and where they are from."""
+    names = [*(args.train_data_dir or []), *(args.train_shards_path_or_url or []), *(args.train_metadata or [])]
+    names = [Path(name).name for name in names] + ([args.dataset_name] if args.dataset_name else [])
+    size = f"{len(dataset):,} samples" if hasattr(dataset, "__len__") else "a stream of samples"
+    return f"{size} from {', '.join(names)}" if names else size
 
 
 @torch.no_grad()

@@ -14,19 +14,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
 from .checkpoints import checkpoint_step, complete_checkpoint, find_checkpoint, partial_checkpoint
 from .components import set_train_mode
-from .data import ResumableBatchSampler
+from .data import TrainingBatches
 from .objective import sample_generators
 
 logger = logging.getLogger(__name__)
 # So many steps without a finite loss end a run: it does not come back from there.
 MAX_SKIPPED_IN_ROW = 10
+# The balance of the losses, the average of the weights and validation need whole weights.
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class TrainingLoop:
@@ -82,9 +84,15 @@ class TrainingLoop:
         if args.report_to:
             settings = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str)}
             self.accelerator.init_trackers(project, settings)
+        if self.accelerator.distributed_type in SHARDED:
+            raise ValueError(
+                f"The weights must be whole in every process, but accelerate is set to"
+                f" {self.accelerator.distributed_type.value}: choose data parallelism (`accelerate config`)."
+            )
         self.step = self.skipped = self._skipped_in_row = self._resumed_from = 0
         self.stop_requested = False
         self.ema: EMAModel | None = None
+        self._data_states: list[dict] | None = None
         self._broken = False
         self._sums: dict[str, float] = {}
         self._counts = 0
@@ -148,23 +156,22 @@ class TrainingLoop:
 
     # What accelerate stores with a checkpoint.
     def state_dict(self) -> dict:
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "data": self._data_states}
 
     def load_state_dict(self, state: dict) -> None:
-        self.skipped = state["skipped"]
+        self.skipped, self._data_states = state["skipped"], state.get("data")
 
-    def loader_from(self, dataset, first_batch: int) -> torch.utils.data.DataLoader:
-        """Batches of this process from a number on, without end."""
-        sampler = ResumableBatchSampler(
-            len(dataset),
+    def batches_from(self, dataset, first_batch: int, states: list[dict] | None = None) -> TrainingBatches:
+        """Batches of this process from a number on, without end; see [`TrainingBatches`]."""
+        return TrainingBatches(
+            dataset,
             self.args.train_batch_size,
             self.args.seed,
             first_batch,
             self.accelerator.process_index,
             self.accelerator.num_processes,
-        )
-        return torch.utils.data.DataLoader(
-            dataset, batch_sampler=sampler, num_workers=self.args.dataloader_num_workers
+            self.args.dataloader_num_workers,
+            states,
         )
 
     def generators_for(self, batch_number: int, count: int) -> list[torch.Generator]:
@@ -172,11 +179,11 @@ class TrainingLoop:
         position = batch_number * self.accelerator.num_processes + self.accelerator.process_index
         return sample_generators(self.args.seed, position * self.args.train_batch_size, count)
 
-    def numbered_batches(self, dataset, first_batch: int) -> Iterator[tuple[dict, list[torch.Generator]]]:
-        """Batches on the device with the generators of their samples, from a number on."""
-        for number, batch in enumerate(self.loader_from(dataset, first_batch), first_batch):
-            batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-            yield batch, self.generators_for(number, len(next(iter(batch.values()))))
+    def with_generators(self, batches: TrainingBatches) -> Iterator[tuple[dict, list[torch.Generator]]]:
+        """Batches on the device with the generators of their samples."""
+        for number, batch in enumerate(batches, batches.first_batch):
+            batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            yield batch, self.generators_for(number, len(batch["mask"]))
 
     def batches(self, dataset) -> Iterator[tuple[dict, list[torch.Generator]]]:
         """Yields batches with the generators of their samples until all steps are done or a stop is requested."""
@@ -184,11 +191,16 @@ class TrainingLoop:
         set_train_mode(self.model, args.freeze_batch_norm)
         self._progress = tqdm(initial=self.step, total=args.max_train_steps, disable=not self.is_main, mininterval=10)
         with self._progress, self._stopping_at_signals():
-            batches = self.numbered_batches(dataset, self.step * args.gradient_accumulation_steps)
+            first_batch = self.step * args.gradient_accumulation_steps
+            self._batches = self.batches_from(dataset, first_batch, self._data_states)
+            batches = self.with_generators(self._batches)
             while not self.finished and not self.stop_requested:
                 yield next(batches)
         if self.skipped:
             logger.warning("%d of %d steps were skipped: their loss was not finite", self.skipped, self.step)
+        if self._batches.skipped:
+            unreadable = ", ".join(f"{name} ({count}x)" for name, count in self._batches.skipped.items())
+            logger.warning("%d unreadable pictures were skipped: %s", len(self._batches.skipped), unreadable)
         if not self.finished:
             logger.info("stopped at step %d; go on with --resume_from_checkpoint latest", self.step)
 
@@ -344,11 +356,11 @@ class TrainingLoop:
 
     def save_checkpoint(self) -> None:
         """Writes `checkpoint-STEP`; the folder has this name only once all of it is there."""
-        if self.is_main:
-            partial = partial_checkpoint(self.output_dir, self.step)
-            partial.mkdir()
-        self.accelerator.wait_for_everyone()
         partial = self.output_dir / f"partial-{self.step}"
+        if self.is_main:
+            partial_checkpoint(self.output_dir, self.step).mkdir()
+        self.accelerator.wait_for_everyone()
+        self._data_states = gather_object([self._batches.state_dict()])
         self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.is_main:
@@ -359,7 +371,7 @@ class TrainingLoop:
 
     @contextmanager
     def validation(self) -> Iterator[nn.Module]:
-        """The bare model with averaged weights in evaluation mode; afterwards it is as before."""
+        """[`~TrainingLoop.averaged_weights`] in evaluation mode; afterwards the model trains on as before."""
         with self.averaged_weights() as model:
             model.eval()
             try:
