@@ -111,10 +111,10 @@ def crop_mask(mask: np.ndarray, box: tuple[int, int, int], resolution: int, flip
     """
     left, top, side = box
     mask = mask[top : top + side, left : left + side]
-    nearest = (np.arange(resolution) * side + side // 2) // resolution
+    nearest = (2 * np.arange(resolution) + 1) * side // (2 * resolution)  # where the middle of a pixel was
     resized = mask[np.ix_(nearest, nearest)]
     rows, columns = np.nonzero(mask)  # thin parts that a smaller size would step over
-    resized[rows * resolution // side, columns * resolution // side] = True
+    resized[(2 * rows + 1) * resolution // (2 * side), (2 * columns + 1) * resolution // (2 * side)] = True
     return resized[:, ::-1] if flip else resized
 
 

@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""Writes object masks for a folder of photos with a segmentation model, for the scripts' `--train_metadata`.
+
+    python training/prepare_masks.py --pretrained_model_name_or_path facebook/mask2former-swin-tiny-coco-instance \\
+        --train_data_dir photos/ --output_dir masks/
+
+The model is one that finds instances (Mask2Former, MaskFormer, EoMT, DETR) or a SAM, which is asked at the points of a
+grid. `masks/metadata.jsonl` has a line for each object: `image`, `mask` and `category`, which is `foreground`; and a
+line for each photo without a mask and with the category `background`, whose holes are random. An interrupted run goes
+on where it stopped when it is started again.
+"""
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForMaskGeneration,
+    AutoModelForUniversalSegmentation,
+    AutoProcessor,
+)
+
+from diffusers_moebius.training.picture_sources import PictureReader
+
+logger = logging.getLogger("prepare_masks")
+POINT_BATCH = 64  # points that a SAM is asked at once
+SAME_OBJECT = 0.7  # masks that overlap more than this (intersection over union) show one object
+# SAM's own automatic mask generation drops masks that grow or shrink much when their threshold moves.
+STABILITY_OFFSET, MIN_STABILITY = 1.0, 0.9
+
+Segments = list[tuple[np.ndarray, float, str | None]]  # mask [H, W], score, label
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="segmentation model, a hub repository or a folder")
+    add("--revision", help="its branch, tag or commit")
+    add("--train_data_dir", nargs="+", required=True, help="folders of photos")
+    add("--output_dir", required=True, help="for the masks and metadata.jsonl")
+    add("--score_threshold", type=float, default=0.5, help="masks that the model is less sure of are dropped")
+    add("--min_area", type=float, default=0.01, help="smallest mask, as a share of the photo, after the dilation")
+    add("--max_area", type=float, default=0.5, help="largest mask, as a share of the photo, after the dilation")
+    add("--max_masks_per_photo", type=int, default=3, help="those with the highest scores are kept")
+    add("--dilation", type=int, default=0, help="pixels that a mask grows to each side")
+    add("--labels", nargs="+", help="keep objects with these labels only")
+    add("--background_labels", nargs="+", default=[], help="labels whose masks are of category background: sky, wall")
+    add("--points_per_side", type=int, default=16, help="points at which a SAM is asked: this number squared")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(arguments)
+    if not 0 <= args.min_area < args.max_area <= 1:
+        parser.error(f"`--min_area` and `--max_area` must rise in 0 to 1, but are {args.min_area} and {args.max_area}")
+    for name, least in (("max_masks_per_photo", 1), ("dilation", 0), ("points_per_side", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"`--{name}` must be at least {least}, but is {getattr(args, name)}")
+    return args
+
+
+def load_segmenter(args: argparse.Namespace) -> Callable[[Image.Image], Segments]:
+    """A function from a photo to the masks in it, from whichever of the two kinds the model is."""
+    name, options = args.pretrained_model_name_or_path, {"revision": args.revision}
+    config = AutoConfig.from_pretrained(name, **options)
+    is_sam = type(config) in AutoModelForMaskGeneration._model_mapping
+    if not is_sam and (
+        type(config) not in AutoModelForUniversalSegmentation._model_mapping or config.model_type == "oneformer"
+    ):
+        raise ValueError(
+            "`pretrained_model_name_or_path` must be a Mask2Former, MaskFormer, EoMT or DETR for segmentation, or a"
+            f" SAM, but {name!r} is of type {config.model_type!r}."
+        )
+    try:
+        processor = (AutoProcessor if is_sam else AutoImageProcessor).from_pretrained(name, **options)
+    except ImportError as error:
+        raise ValueError(f"`pretrained_model_name_or_path` {name!r} needs a package more: {error}") from error
+    model_class = AutoModelForMaskGeneration if is_sam else AutoModelForUniversalSegmentation
+    model = model_class.from_pretrained(name, **options).to(args.device).eval()
+
+    if is_sam:
+        return lambda photo: segments_at_points(model, processor, photo, args.points_per_side, args.score_threshold)
+    known = set(config.id2label.values())
+    for option in ("labels", "background_labels"):
+        if unknown := set(getattr(args, option) or []) - known:
+            raise ValueError(
+                f"`{option}` must be labels of the model, but {sorted(unknown)} are none: {sorted(known)}."
+            )
+    return lambda photo: instance_segments(model, processor, photo, args.score_threshold)
+
+
+@torch.inference_mode()
+def instance_segments(model, processor, photo: Image.Image, score_threshold: float) -> Segments:
+    """The instances that a universal segmentation model finds in a photo."""
+    inputs = processor(images=photo, return_tensors="pt").to(model.device)
+    (result,) = processor.post_process_instance_segmentation(
+        model(**inputs), threshold=score_threshold, target_sizes=[(photo.height, photo.width)]
+    )
+    numbers = np.asarray(result["segmentation"].cpu())  # [H, W], -1 or 0 where nothing is
+    return [
+        (numbers == segment["id"], float(segment["score"]), model.config.id2label[segment["label_id"]])
+        for segment in result["segments_info"]
+    ]
+
+
+@torch.inference_mode()
+def segments_at_points(model, processor, photo: Image.Image, points_per_side: int, score_threshold: float) -> Segments:
+    """What a SAM sees at the points of a grid, without what it is unsure of and what it has seen before."""
+    steps = (np.arange(points_per_side) + 0.5) / points_per_side
+    points = [[[float(x * photo.width), float(y * photo.height)]] for y in steps for x in steps]
+    inputs = processor(images=photo, input_points=[points], return_tensors="pt").to(model.device)
+    embeddings = model.get_image_embeddings(inputs["pixel_values"])
+    sizes = [inputs[name].cpu() for name in ("original_sizes", "reshaped_input_sizes") if name in inputs]
+    found: list[tuple[float, np.ndarray]] = []
+    for first in range(0, len(points), POINT_BATCH):
+        chunk = inputs["input_points"][:, first : first + POINT_BATCH]
+        outputs = model(image_embeddings=embeddings, input_points=chunk, multimask_output=True)
+        logits, scores = outputs.pred_masks[0].flatten(0, 1), outputs.iou_scores[0].flatten()  # [P × 3, h, w], [P × 3]
+        smaller = (logits > model_threshold(processor) + STABILITY_OFFSET).sum((1, 2))
+        larger = (logits > model_threshold(processor) - STABILITY_OFFSET).sum((1, 2))
+        kept = (scores >= score_threshold) & (smaller >= MIN_STABILITY * larger) & (smaller > 0)
+        if kept.any():
+            (masks,) = processor.post_process_masks(logits[kept][None, :, None].cpu(), *sizes)  # [K, 1, H, W]
+            found += zip(scores[kept].tolist(), masks[:, 0].numpy().astype(bool))
+    found.sort(key=lambda pair: -pair[0])
+    distinct: Segments = []
+    for score, mask in found:
+        if all((mask & other).sum() <= SAME_OBJECT * (mask | other).sum() for other, _, _ in distinct):
+            distinct.append((mask, score, None))
+    return distinct
+
+
+def model_threshold(processor) -> float:
+    """The logit above which a SAM's mask begins."""
+    return getattr(processor.image_processor, "mask_threshold", 0.0)
+
+
+def dilate(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """Grows a mask `[H, W]` by a number of pixels to each side."""
+    if not pixels:
+        return mask
+    return np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
+
+
+def choose(segments: Segments, args: argparse.Namespace) -> list[tuple[np.ndarray, str]]:
+    """The masks to keep with their categories, the surest first."""
+    chosen = []
+    for mask, _, label in sorted(segments, key=lambda segment: -segment[1]):
+        is_background = label in args.background_labels
+        if args.labels is not None and label not in args.labels and not is_background:
+            continue
+        mask = dilate(mask, args.dilation)
+        if args.min_area <= mask.mean() <= args.max_area:
+            chosen.append((mask, "background" if is_background else "foreground"))
+    return chosen[: args.max_masks_per_photo]
+
+
+def save_mask(mask: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    Image.fromarray(mask).convert("L").save(temporary, "PNG")
+    temporary.replace(path)
+
+
+def finished_photos(journal: Path, settings: dict) -> dict[str, list[dict]]:
+    """The photos that an interrupted run has done, with their lines; the journal is left ready to be appended to."""
+    done: dict[str, list[dict]] = {}
+    lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):  # the last line was being written
+        lines.pop()
+    if lines and json.loads(lines[0]) != settings:
+        raise ValueError(
+            f"`output_dir` {str(journal.parent)!r} was begun with {json.loads(lines[0])}, and not with {settings}."
+        )
+    for line in lines[1:]:
+        done |= json.loads(line)
+    temporary = journal.with_suffix(".part")
+    temporary.write_bytes(b"".join(lines) or json.dumps(settings).encode() + b"\n")
+    temporary.replace(journal)
+    return done
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for folder in args.train_data_dir:
+        if not Path(folder).is_dir():
+            raise ValueError(f"`train_data_dir` must be folders, but {folder!r} is none.")
+    # Each folder by itself, for the names of its masks.
+    readers = [(Path(folder), PictureReader([folder])) for folder in args.train_data_dir]
+    total = sum(len(reader) for _, reader in readers)
+    settings = {name: value for name, value in vars(args).items() if name not in ("device", "output_dir")}
+    # One line for each photo that is done: an interrupted run goes on behind the last complete one.
+    journal = output_dir / "journal.jsonl"
+    done = finished_photos(journal, settings)
+    segment = load_segmenter(args) if len(done) < total else None
+
+    with journal.open("a") as file, tqdm(total=total, initial=len(done), mininterval=5) as progress:
+        for number, (folder, reader) in enumerate(readers):
+            for index, record in enumerate(reader.records):
+                path = record.picture.path
+                if str(path) in done:
+                    continue
+                photo = reader.read(index)
+                lines = []
+                if photo is not None:
+                    image = Path(os.path.relpath(path, output_dir)).as_posix()
+                    for count, (mask, category) in enumerate(choose(segment(photo), args)):
+                        name = f"masks/{number}/{path.relative_to(folder).as_posix()}-{count}.mask.png"
+                        save_mask(mask, output_dir / name)
+                        lines.append({"image": image, "mask": name, "category": category})
+                    lines.append({"image": image, "category": "background"})
+                done[str(path)] = lines
+                file.write(json.dumps({str(path): lines}) + "\n")
+                file.flush()
+                progress.update()
+
+    lines = [line for entries in done.values() for line in entries]
+    if not lines:
+        raise ValueError("`train_data_dir` holds no readable photo.")
+    temporary = output_dir / "metadata.jsonl.part"
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    temporary.replace(output_dir / "metadata.jsonl")
+    unreadable = [path for path, entries in done.items() if not entries]
+    if unreadable:
+        logger.warning("%d unreadable photos skipped: %s", len(unreadable), ", ".join(unreadable))
+    masks = sum("mask" in line for line in lines)
+    logger.info("%d masks in %d photos: %s", masks, len(done) - len(unreadable), output_dir / "metadata.jsonl")
+
+
+if __name__ == "__main__":
+    main()
