@@ -3,6 +3,7 @@
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -265,16 +266,25 @@ class LocalLambda(LambdaLayer):
         return self.processor(self, hidden_states)  # [B, C, H, W]
 
 
+class CachedContext(NamedTuple):
+    """Context tokens `[B, m, cross_attention_dim]` and what each layer has computed from them in the same run."""
+
+    tokens: torch.Tensor
+    layers: dict[nn.Module, tuple]
+
+
 class InteractiveLambdaProcessor:
     """Interactive-lambda by its formulas, one lambda matrix for every position (reference; slow and large)."""
 
     def __call__(
-        self, attn: "InteractiveLambda", hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        attn: "InteractiveLambda",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | CachedContext,
     ) -> torch.Tensor:
         batch, _, height, width = hidden_states.shape
         query = attn.project_query(hidden_states)  # [B, n, h, k]
-        key, value = attn.project_context(encoder_hidden_states)  # [B, m, k], [B, m, v]
-        embedding = attn.position_embedding(height, width)  # [n, m, k]
+        key, value, embedding = attn.read_context(encoder_hidden_states, height, width)
         content_lambda = torch.einsum("bmk,bmv->bkv", key, value)
         position_lambda = torch.einsum("nmk,bmv->bnkv", embedding, value)
         output = torch.einsum("bnhk,bkv->bhvn", query, content_lambda)
@@ -290,12 +300,15 @@ class FastInteractiveLambdaProcessor:
     """
 
     def __call__(
-        self, attn: "InteractiveLambda", hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        attn: "InteractiveLambda",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | CachedContext,
     ) -> torch.Tensor:
         batch, channels, height, width = hidden_states.shape
         query = attn.project_query(hidden_states)  # [B, n, h, k]
-        key, value = attn.project_context(encoder_hidden_states)  # [B, m, k], [B, m, v]
-        embedding = attn.position_embedding(height, width).transpose(1, 2)  # [n, k, m]
+        key, value, embedding = attn.read_context(encoder_hidden_states, height, width)
+        embedding = embedding.transpose(1, 2)  # [n, k, m]
         weights = (query.flatten(1, 2) @ key.transpose(1, 2)).unflatten(1, (-1, attn.num_heads))  # [B, n, h, m]
         weights = torch.stack([torch.baddbmm(w, q, embedding) for w, q in zip(weights, query)])
         output = (weights.flatten(1, 2) @ value).view(batch, height, width, channels)  # (h v) inside
@@ -346,6 +359,22 @@ class InteractiveLambda(LambdaLayer):
         value = self.norm_v(self.to_v(encoder_hidden_states).transpose(1, 2)).transpose(1, 2)  # [B, m, v]
         return key, value
 
+    def read_context(
+        self, context: torch.Tensor | CachedContext, height: int, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Key `[B, m, k]`, value `[B, m, v]` and position embeddings `[n, m, k]`."""
+        is_native = (height, width) == (self.grid_size, self.grid_size)
+        if isinstance(context, torch.Tensor):
+            key, value, embedding = *self.project_context(context), None
+        elif self in context.layers:
+            key, value, embedding = context.layers[self]
+        else:
+            # Embeddings of the native size are the weights themselves, which a cache would keep from being offloaded.
+            embedding = None if is_native else self.position_embedding(height, width)
+            key, value = self.project_context(context.tokens)
+            context.layers[self] = key, value, embedding
+        return key, value, self.position_embedding(height, width) if embedding is None else embedding
+
     def position_embedding(self, height: int, width: int) -> torch.Tensor:
         """The position embeddings `[n, m, k]` of a grid: as stored at the native size, else bilinearly resampled."""
         embedding = self.rel_pos_emb.squeeze(-1)
@@ -357,7 +386,9 @@ class InteractiveLambda(LambdaLayer):
         embedding = F.interpolate(embedding, (height, width), mode="bilinear", align_corners=False)
         return embedding.permute(0, 2, 3, 1).reshape(-1, length, dim)
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | CachedContext
+    ) -> torch.Tensor:
         return self.processor(self, hidden_states, encoder_hidden_states)  # [B, C, H, W]
 
 
@@ -907,6 +938,14 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                 f"`encoder_hidden_states` must have the shape {expected}, but has {list(encoder_hidden_states.shape)}."
             )
 
+    def project_tokens(self, tokens: torch.Tensor, cache: dict | None) -> torch.Tensor | CachedContext:
+        is_cached = cache is not None and self.config.cross_attention_type == "interactive_lambda"
+        if not is_cached or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.encoder_hid_proj(tokens)
+        if self not in cache:
+            cache[self] = self.encoder_hid_proj(tokens)
+        return CachedContext(cache[self], cache)
+
     def run_block(self, block: nn.Module, *args):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *args)
@@ -921,6 +960,7 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         return_dict: bool = True,
         output_hidden_states: bool = False,
         attention_kwargs: dict | None = None,
+        context_cache: dict | None = None,
     ) -> MoebiusUNet2DOutput | tuple:
         """
         Args:
@@ -931,6 +971,9 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             return_dict (`bool`, defaults to `True`): Return a [`MoebiusUNet2DOutput`] instead of a tuple.
             output_hidden_states (`bool`, defaults to `False`): Also return the output of every block.
             attention_kwargs (`dict`, *optional*): `{"scale": s}` sets the weight of the active LoRA adapters.
+            context_cache (`dict`, *optional*): Empty in the first step of a run and handed on from step to step, it
+                spares later steps what depends on weights, tokens and size alone; none of these may change meanwhile.
+                Not used where gradients are computed or the model is compiled.
 
         Returns:
             [`MoebiusUNet2DOutput`], or a tuple of the prediction and, if asked for, the tuple of block outputs.
@@ -942,7 +985,7 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             timestep = torch.tensor([timestep], device=sample.device)
         timestep = timestep.reshape(-1).to(sample.device).expand(sample.shape[0])
         temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
-        encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
+        encoder_hidden_states = self.project_tokens(encoder_hidden_states, context_cache)
 
         hidden_states = self.conv_in(sample)
         skips = (hidden_states,)
