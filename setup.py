@@ -18,7 +18,7 @@ CORE = [
 ]
 EXTRAS = {
     "examples": ["scikit-image>=0.24"],
-    "train": ["matplotlib>=3.8", "tensorboard>=2.16"],
+    "train": ["datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.16"],
     "perceptual": ["elatentlpips>=0.2"],
     "demo": ["gradio>=6.0", "scikit-image>=0.24"],
     "eval": ["opencv-python-headless>=4.10", "scikit-image>=0.24"],

@@ -7,12 +7,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from diffusers_moebius.training.data import TrainingBatches, open_training_data
-from diffusers_moebius.training.picture_datasets import PictureDataset, box_with_mask, crop_mask, random_box
 from diffusers_moebius.training.picture_sources import PictureReader, expand_braces, read_metadata
 
 PRESETS = ["thick_256"]
@@ -63,6 +62,25 @@ def take(batches, count):
     return [next(iterator) for _ in range(count)]
 
 
+def test_folder_and_shard_give_the_same_pictures_and_report_the_unreadable(photo_dir, shard):
+    from_folder, from_shard = PictureReader([photo_dir]), PictureReader([str(shard.parent / "photos-*.tar")])
+    assert len(from_folder) == len(from_shard) == 13  # the mask is no picture
+    pictures = [[reader.read(index) for index in range(13)] for reader in (from_folder, from_shard)]
+    for reader, read in zip((from_folder, from_shard), pictures):
+        assert sum(picture is None for picture in read) == 1
+        assert len(reader.skipped) == 1 and next(iter(reader.skipped)).endswith("03-broken.jpg")
+        assert all(picture.size == (48, 40) and picture.mode == "RGB" for picture in read if picture)
+    contents = [sorted(picture.tobytes() for picture in read if picture) for read in pictures]
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("missing", ["nothing", "empty"])
+def test_sources_without_pictures_are_refused(tmp_path, missing):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="`sources`"):
+        PictureReader([tmp_path / missing])
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_unreadable_pictures_are_skipped_and_counted_in_every_process(broken_dir, num_workers):
     data = open_training_data(16, PRESETS, 0, train_data_dir=[broken_dir])
@@ -79,17 +97,6 @@ def test_nothing_readable_is_an_error(broken_dir):
     data = open_training_data(16, PRESETS, 0, train_data_dir=[broken_dir])
     with pytest.raises(ValueError, match="no readable picture: all 4 were skipped"):
         take(TrainingBatches(data, 2, 0), 1)
-
-
-def test_another_picture_takes_the_place_and_not_always_the_same(broken_dir):
-    for seed in range(4):
-        save_picture(broken_dir / f"more-{seed}.jpg", seed=seed)
-    data = PictureDataset(PictureReader([broken_dir]), 16, PRESETS)
-    broken = next(i for i, record in enumerate(data.reader.records) if record.name.endswith("text.jpg"))
-    samples = [data.sample(broken + epoch * len(data)) for epoch in range(12)]
-    assert all(skipped[0].endswith("text.jpg") for _, skipped in samples)
-    again = data.sample(broken)
-    assert torch.equal(again[0]["pixel_values"], samples[0][0]["pixel_values"])
 
 
 @pytest.fixture
@@ -251,34 +258,6 @@ def test_lists_in_braces_and_wrong_braces():
     for wrong in ("a{b}", "{3..1}"):
         with pytest.raises(ValueError, match=r"[Bb]races"):
             expand_braces(wrong)
-
-
-@settings(deadline=None)
-@given(data=st.data(), seed=st.integers(0, 1000))
-def test_crop_of_a_mask_is_inside_and_never_empty(data, seed):
-    width, height = data.draw(st.integers(8, 90)), data.draw(st.integers(8, 90))
-    x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
-    mask = np.zeros((height, width), bool)
-    mask[y, x] = True  # the hardest object: one pixel
-    left, top, side = box_with_mask(mask, np.random.default_rng(seed))
-    assert 0 <= left <= x < left + side <= width and 0 <= top <= y < top + side <= height
-    resolution = data.draw(st.sampled_from([8, 16, 64, 128]))
-    for flip in (False, True):
-        crop = crop_mask(mask, (left, top, side), resolution, flip)
-        assert crop.shape == (resolution, resolution) and crop.any()
-        columns = np.nonzero(crop)[1]
-        # The mark is where the pixel is, to a pixel of the coarser of the two.
-        middle = (x - left + 0.5) / side
-        assert np.all(
-            np.abs((columns + 0.5) / resolution - (1 - middle if flip else middle)) <= 1 / min(side, resolution)
-        )
-
-
-@settings(deadline=None)
-@given(width=st.integers(1, 90), height=st.integers(1, 90), seed=st.integers(0, 1000))
-def test_random_box_is_inside(width, height, seed):
-    left, top, side = random_box((width, height), np.random.default_rng(seed))
-    assert 0 <= left <= left + side <= width and 0 <= top <= top + side <= height and side >= 1
 
 
 def test_hub_data_sets_and_their_errors(tmp_path, monkeypatch):

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .latents import LatentCacheDataset, build_latent_cache, encode_latents  # noqa: F401, until components.py follows
-from .picture_datasets import (  # noqa: F401, until train_tiny_vae.py follows
-    PictureDataset,
-    StreamedPictureDataset,
-    picture_to_tensor,
-    random_resized_crop,
-)
+from .picture_datasets import PictureDataset, StreamedPictureDataset
 from .picture_sources import PictureReader, is_url, load_hub_table
 from .shard_streams import StreamPosition, expand_shards
 
@@ -84,7 +78,7 @@ class _ReaderBatches(torch.utils.data.IterableDataset):
             owner.process_index,
             owner.num_processes,
         )
-        self.positions = owner.positions
+        self.positions = list(owner.positions)
         self.known = owner.known_position
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], list[str], int, StreamPosition | None]]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from .picture_sources import NO_CATEGORY
+from .shard_streams import number_of_name
 
 CACHE_FORMAT = 1
 
@@ -54,11 +55,13 @@ def _write_atomically(text: str, path: Path, process_index: int) -> None:
     temporary.replace(path)
 
 
-def _encode_shard(vae, samples: list[tuple[torch.Tensor, torch.Tensor, int]]) -> dict[str, torch.Tensor]:
+def _encode_shard(vae, samples: list[tuple[str, tuple[torch.Tensor, torch.Tensor, int]]]) -> dict[str, torch.Tensor]:
     shard = {"latents": [], "masked_latents": [], "masks": [], "categories": []}
-    for pixels, masks, category in samples:
+    for name, (pixels, masks, category) in samples:
         on_device, holes = pixels.to(vae.device), masks.to(vae.device)
-        encoded = encode_latents(vae, torch.cat([on_device[None], on_device * (1 - holes)]))
+        # A cache that was interrupted is the same as one that was not, where a posterior is sampled too.
+        generator = torch.Generator().manual_seed(number_of_name(name))
+        encoded = encode_latents(vae, torch.cat([on_device[None], on_device * (1 - holes)]), generator)
         shard["latents"].append(encoded[0].half().cpu())
         shard["masked_latents"].append(encoded[1:].half().cpu())
         shard["masks"].append(torch.from_numpy(np.packbits(masks[:, 0].numpy().astype(bool), axis=-1)))
@@ -133,7 +136,11 @@ def build_latent_cache(
             parts = 0
             for part, numbered in groupby(crops, lambda pair: pair[0] // shard_size):
                 path = cache_dir / f"latents-{name}{dataset.cache_part_suffix(part)}.safetensors"
-                samples = [sample for _, read in numbered if not path.exists() and (sample := read()) is not None]
+                samples = [
+                    (f"{dataset.seed}/{name}/{position}", sample)
+                    for position, read in numbered
+                    if not path.exists() and (sample := read()) is not None
+                ]
                 if samples:
                     _save_atomically(_encode_shard(vae, samples), path)
                 parts += 1
@@ -159,7 +166,10 @@ class LatentCacheDataset(torch.utils.data.Dataset):
         settings_file = cache_dir / "cache.json"
         shards = sorted(cache_dir.glob("latents-*.safetensors"))
         if not settings_file.exists() or not shards:
-            raise ValueError(f"`cache_dir` must be a folder with a latent cache, but {str(cache_dir)!r} holds none.")
+            raise ValueError(
+                f"`cache_dir` must be a folder with a latent cache, but {str(cache_dir)!r} holds none. (One that was"
+                " built of unreadable pictures alone is empty.)"
+            )
         self.settings = json.loads(settings_file.read_text())
         if self.settings["format"] != CACHE_FORMAT:
             raise ValueError(f"`cache_dir` must be of format {CACHE_FORMAT}, but is {self.settings['format']}.")

@@ -20,7 +20,7 @@ from .picture_sources import (
     decode_mask,
     decode_picture,
 )
-from .shard_streams import ShardStream, StreamedSample, StreamPosition, read_shard, sample_seed
+from .shard_streams import ShardStream, StreamedSample, StreamPosition, number_of_name, read_shard
 
 logger = logging.getLogger(__name__)
 CROP_SCALE = (0.35, 1.0)
@@ -302,7 +302,7 @@ class StreamedPictureDataset(_Crops):
             return None
         except MaskError as error:
             raise ValueError(str(error)) from None
-        generator = np.random.default_rng((self.seed, epoch, sample_seed(sample.name)))
+        generator = np.random.default_rng((self.seed, epoch, number_of_name(sample.name)))
         return self._crop_picture(Picture(image, mask, sample.category), generator, num_masks)
 
     def samples(

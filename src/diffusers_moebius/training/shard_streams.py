@@ -300,6 +300,6 @@ def expand_shards(sources: Sequence[str | Path]) -> list[str]:
     return shards
 
 
-def sample_seed(name: str) -> int:
+def number_of_name(name: str) -> int:
     """A number that stands for a sample's name, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")

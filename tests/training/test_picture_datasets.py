@@ -1,0 +1,89 @@
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffusers_moebius.training.picture_datasets import (
+    PictureDataset,
+    box_with_mask,
+    crop_mask,
+    picture_to_tensor,
+    random_box,
+    random_resized_crop,
+)
+from diffusers_moebius.training.picture_sources import PictureReader
+
+PRESETS = ["medium_512", "thick_256"]
+
+
+def test_crop_is_square_and_inside_the_picture():
+    picture = Image.new("RGB", (60, 30), (10, 200, 30))
+    for seed in range(20):
+        crop = random_resized_crop(picture, 16, np.random.default_rng(seed), scale=(0.2, 1.0))
+        assert crop.size == (16, 16)
+        assert np.ptp(np.asarray(crop), axis=(0, 1)).max() == 0  # nothing from beyond the border
+
+
+def test_half_of_the_crops_are_mirrored():
+    picture = Image.fromarray(np.tile(np.arange(32, dtype=np.uint8)[None, :, None] * 8, (32, 1, 3)))
+    rising = 0
+    for seed in range(60):
+        row = np.asarray(random_resized_crop(picture, 16, np.random.default_rng(seed)))[8, :, 0].astype(int)
+        rising += row[-1] > row[0]
+    assert 15 < rising < 45
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(photo_dir):
+    dataset = PictureDataset(PictureReader([photo_dir]), 32, PRESETS, seed=5)
+    again = PictureDataset(PictureReader([photo_dir]), 32, PRESETS, seed=5)
+    first, same = dataset[2], again[2]
+    assert torch.equal(first["pixel_values"], same["pixel_values"]) and torch.equal(first["mask"], same["mask"])
+    next_epoch = dataset[2 + len(dataset)]
+    assert not torch.equal(first["mask"], next_epoch["mask"])
+    assert first["pixel_values"].shape == (3, 32, 32) and first["mask"].shape == (1, 32, 32)
+    assert first["pixel_values"].min() >= -1 and first["pixel_values"].max() <= 1
+    assert set(first["mask"].unique().tolist()) == {0.0, 1.0}
+
+
+def test_another_picture_takes_the_place_of_an_unreadable_one(photo_dir):
+    data = PictureDataset(PictureReader([photo_dir]), 16, PRESETS)
+    broken = next(i for i, record in enumerate(data.reader.records) if record.name.endswith("03-broken.jpg"))
+    samples = [data.sample(broken + epoch * len(data)) for epoch in range(12)]
+    assert all(skipped[0].endswith("03-broken.jpg") for _, skipped in samples)
+    assert len({sample["pixel_values"].numpy().tobytes() for sample, _ in samples}) > 6  # and not always the next
+    again = data.sample(broken)
+    assert torch.equal(again[0]["pixel_values"], samples[0][0]["pixel_values"])
+
+
+@settings(deadline=None)
+@given(data=st.data(), seed=st.integers(0, 1000))
+def test_crop_of_a_mask_is_inside_and_never_empty(data, seed):
+    width, height = data.draw(st.integers(8, 90)), data.draw(st.integers(8, 90))
+    x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    mask = np.zeros((height, width), bool)
+    mask[y, x] = True  # the hardest object: one pixel
+    left, top, side = box_with_mask(mask, np.random.default_rng(seed))
+    assert 0 <= left <= x < left + side <= width and 0 <= top <= y < top + side <= height
+    resolution = data.draw(st.sampled_from([8, 16, 64, 128]))
+    for flip in (False, True):
+        crop = crop_mask(mask, (left, top, side), resolution, flip)
+        assert crop.shape == (resolution, resolution) and crop.any()
+        columns = np.nonzero(crop)[1]
+        # The mark is where the pixel is, to a pixel of the coarser of the two.
+        middle = (x - left + 0.5) / side
+        assert np.all(
+            np.abs((columns + 0.5) / resolution - (1 - middle if flip else middle)) <= 1 / min(side, resolution)
+        )
+
+
+@settings(deadline=None)
+@given(width=st.integers(1, 90), height=st.integers(1, 90), seed=st.integers(0, 1000))
+def test_random_box_is_inside(width, height, seed):
+    left, top, side = random_box((width, height), np.random.default_rng(seed))
+    assert 0 <= left <= left + side <= width and 0 <= top <= top + side <= height and side >= 1
+
+
+def test_picture_to_tensor_spans_minus_one_to_one():
+    picture = Image.fromarray(np.array([[[0, 255, 0], [255, 0, 255]]], dtype=np.uint8))
+    assert picture_to_tensor(picture).tolist() == [[[-1, 1]], [[1, -1]], [[-1, 1]]]
