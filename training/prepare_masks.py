@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -29,6 +29,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from diffusers_moebius.training.masks import dilate
 from diffusers_moebius.training.picture_sources import PictureReader
 
 logger = logging.getLogger("prepare_masks")
@@ -141,13 +142,6 @@ def segments_at_points(model, processor, photo: Image.Image, points_per_side: in
 def model_threshold(processor) -> float:
     """The logit above which a SAM's mask begins."""
     return getattr(processor.image_processor, "mask_threshold", 0.0)
-
-
-def dilate(mask: np.ndarray, pixels: int) -> np.ndarray:
-    """Grows a mask `[H, W]` by a number of pixels to each side."""
-    if not pixels:
-        return mask
-    return np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
 
 
 def choose(segments: Segments, args: argparse.Namespace) -> list[tuple[np.ndarray, str]]:
