@@ -397,3 +397,19 @@ def test_active_adapters_are_refused_and_fused_ones_stay(tiny_unet):
         model.fuse_lora()
         model.fuse_for_inference()
         assert relative_error(model(*inputs).sample, expected) < 1e-5
+
+
+def test_slices_of_fused_layers_add_up():
+    torch.manual_seed(0)
+    model = randomize_statistics(MoebiusUNet2DModel(**TINY | {"layers_per_block": 1}).eval())
+    conv, feed_forward = model.up_blocks[0].resnets[0].conv1, model.up_blocks[0].attentions[0].transformer_blocks[0].ff
+    wide = torch.randn(2, conv.conv_dw.in_channels, 6, 5).contiguous(memory_format=torch.channels_last)
+    narrow = torch.randn(2, 32, 6, 5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = conv(wide), feed_forward(narrow)
+        model.fuse_for_inference()
+        sliced = model.up_blocks[0].attentions[0].transformer_blocks[0].ff
+        for max_elements in (1, 1000, 2**20):
+            assert relative_error(conv.convolve_in_slices(wide, max_elements), expected[0]) < 1e-5
+            sliced.max_elements = max_elements
+            assert relative_error(sliced(narrow), expected[1]) < 1e-5

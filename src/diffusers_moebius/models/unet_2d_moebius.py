@@ -66,9 +66,30 @@ class SeparableConv2d(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        output = F.relu(self.bn1(self.conv_dw(hidden_states)), inplace=True)
-        output = self.bn2(self.conv_pw(output))
+        if isinstance(self.conv_pw, PointwiseConv2d):
+            output = self.convolve_in_slices(hidden_states)
+        else:
+            output = F.relu(self.bn1(self.conv_dw(hidden_states)), inplace=True)
+            output = self.bn2(self.conv_pw(output))
         return sum_of(output, hidden_states) if self.has_skip else output
+
+    def convolve_in_slices(self, hidden_states: torch.Tensor, max_elements: int = 3 * 2**20) -> torch.Tensor:
+        """Both convolutions, once folded: a slice of wide inputs after another, for the memory's sake."""
+        batch, channels, height, width = hidden_states.shape
+        count = max(1, -(-hidden_states.numel() // max_elements)) if hidden_states.device.type == "cpu" else 1
+        count = min(count, channels)
+        output = None
+        for i in range(count):
+            part = slice(channels * i // count, channels * (i + 1) // count)
+            weight, bias = self.conv_dw.weight[part], self.conv_dw.bias[part]
+            depthwise = F.conv2d(hidden_states[:, part], weight, bias, padding=1, groups=len(weight))
+            depthwise = F.relu(depthwise, inplace=True).permute(0, 2, 3, 1).flatten(0, 2)
+            weight = self.conv_pw.weight[:, part].t()
+            if output is None:
+                output = torch.addmm(self.conv_pw.bias, depthwise, weight)
+            else:
+                output.addmm_(depthwise, weight)
+        return output.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def make_conv(conv_type: str, in_channels: int, out_channels: int) -> nn.Module:
@@ -100,11 +121,12 @@ class MoebiusResnetBlock2D(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        residual = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
+        residual = hidden_states
         hidden_states = self.conv1(silu_of(self.norm1(hidden_states)))
         hidden_states = sum_of(hidden_states, self.time_emb_proj(F.silu(temb))[:, :, None, None])
         hidden_states = self.conv2(self.dropout(silu_of(self.norm2(hidden_states))))
-        return sum_of(hidden_states, residual)
+        # The shortcut comes last, so that its output does not exist beside the widest tensors of the block.
+        return sum_of(hidden_states, residual if self.conv_shortcut is None else self.conv_shortcut(residual))
 
 
 class LocalPositionConv(nn.Conv3d):
@@ -592,7 +614,8 @@ class SmallGridUpsample2D(nn.Module):
         sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=conv.weight.device)
         weights = torch.einsum("aur,bvc,oirc->aboiuv", sums, sums, conv.weight.detach().float())
         weights = weights.flatten(0, 1).to(conv.weight)  # [4, out, in, 2, 2]
-        self.weights = nn.ParameterList(nn.Parameter(weight.contiguous(), requires_grad=False) for weight in weights)
+        weights = [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
+        self.weights = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in weights)
         self.bias = conv.bias
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
