@@ -1,11 +1,17 @@
 """The model card that is saved with a pipeline."""
 
+from pathlib import Path
+
 import pytest
+import torch
 from diffusers.utils.dynamic_modules_utils import check_imports
 from huggingface_hub import ModelCard
 
+from diffusers_moebius import MoebiusInpaintPipeline, bundled_checkpoint
 from diffusers_moebius.loaders import model_card
-from diffusers_moebius.loaders.model_card import make_model_card
+from diffusers_moebius.loaders.model_card import make_model_card, weight_facts
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_card(tiny_pipeline, tmp_path):
@@ -37,3 +43,49 @@ def test_base_model_is_a_repository(tiny_pipeline, name, base_model):
 def test_example_does_not_look_like_an_import_of_the_module(caplog):
     assert check_imports(model_card.__file__) == []
     assert "might require" not in caplog.text
+
+
+def load_bundled():
+    try:
+        return MoebiusInpaintPipeline.from_pretrained(bundled_checkpoint("nano"))
+    except ValueError:
+        pytest.skip("the bundled model is not in this checkout")
+
+
+def test_the_card_of_this_repository_is_that_of_the_bundled_model():
+    rendered = str(make_model_card(load_bundled(), "nano")).rstrip() + "\n"
+    assert (REPOSITORY / "model_card.md").read_text(encoding="utf-8") == rendered, (
+        'write `make_model_card(pipeline, "nano")` of the bundled model to model_card.md; for new weights first put '
+        "their scores and `weights_fingerprint(pipeline)` into card.json"
+    )
+
+
+def test_bundled_scores_are_in_the_metadata_and_the_readme():
+    pipeline = load_bundled()
+    card = make_model_card(pipeline, "somebody/nano")
+    evaluation = weight_facts(pipeline)["evaluation"]
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results == dict(
+        zip([m["title"].rstrip(" ↑↓") for m in evaluation["metrics"]], evaluation["scores"]["`nano`"], strict=True)
+    )
+    table = [line for line in card.text.split("## Evaluation")[1].split("## ")[0].splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(evaluation["scores"])
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    assert set(table[2:]) <= set(readme)
+    for heading in ("Intended use", "Limits", "Training data", "Licence", "Citation"):
+        assert f"\n## {heading}\n" in card.text
+
+
+def test_facts_are_saved_and_scores_belong_to_unchanged_weights(tmp_path):
+    load_bundled().save_pretrained(tmp_path / "copy")
+    copy = MoebiusInpaintPipeline.from_pretrained(tmp_path / "copy")
+    assert weight_facts(copy) == weight_facts(load_bundled())
+    assert "| `nano` | 18.49" in (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
+    with torch.no_grad():
+        next(copy.unet.parameters()).add_(1)
+    copy.save_pretrained(tmp_path / "further")
+    card = ModelCard.load(tmp_path / "further" / "README.md")
+    assert card.data.eval_results is None
+    assert "18.49" not in card.text and "CC-BY-4.0" in card.text and "trained further" in card.text
+    again = MoebiusInpaintPipeline.from_pretrained(tmp_path / "further")
+    assert str(make_model_card(again, "further")).count("changed or trained further") == 1

@@ -34,7 +34,7 @@ from huggingface_hub.utils import (
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
-from .model_card import make_model_card
+from .model_card import FACTS_FILE, make_model_card, weight_facts
 from .release_checkpoint import (
     DEFAULT_CHECKPOINT,
     RELEASE_VAE_REPOSITORY,
@@ -425,6 +425,9 @@ class MoebiusLoaderMixin:
             max_shard_size=max_shard_size,
             **kwargs,
         )
+        facts = weight_facts(self)
+        if facts is not None:
+            _write(folder / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         if not (folder / "README.md").exists():
             name = push_kwargs.get("repo_id", folder.absolute().name)
             make_model_card(self, name).save(folder / "README.md")
