@@ -21,7 +21,7 @@ from PIL import Image
 from ..image_processing import dilate_mask, load_masks, load_pictures, mask_values
 from .examples import available_examples
 from .inpainting import Settings, Step, generate, set_shelf
-from .models import OWN, ModelShelf
+from .models import OWN, ModelShelf, on_zero_gpu
 from .photos import (
     MAX_FILE_MEGABYTES,
     MAX_MEGAPIXELS,
@@ -179,6 +179,8 @@ class Demo:
         self.selector = ObjectSelector(selector)
         self.examples = available_examples()
         set_shelf(self.shelf)
+        if on_zero_gpu():
+            self.shelf.preload()
 
     def settings(self, source, mask, steps, guidance, seed, context, color_compensation) -> Settings:
         """Settings of a run, checked, since the API's callers are bound by no slider. Loads the model if need be."""

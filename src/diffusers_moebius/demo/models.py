@@ -24,6 +24,13 @@ PUBLISHED = {
 }
 # How many pipelines stay in memory.
 CAPACITY = 2
+# Where a GPU is lent, the model that is worth it.
+ZERO_GPU_MODEL = "hustvl/Moebius/ft_places2"
+
+
+def on_zero_gpu() -> bool:
+    """Whether this is a ZeroGPU Space. The package `spaces` alone does not tell: the hub installs it on all Spaces."""
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
 
 
 class ModelShelf:
@@ -32,12 +39,13 @@ class ModelShelf:
 
     Args:
         default (`str`, *optional*): The model that is chosen at first: `"nano"`, `owner/name`, `owner/name/folder`, or
-            a pipeline folder of the server, of which visitors see the last part of the path alone.
+            a pipeline folder of the server, of which visitors see the last part of the path alone. If not given:
+            `MOEBIUS_DEMO_MODEL`, or `hustvl/Moebius/ft_places2` on a ZeroGPU Space and `"nano"` elsewhere.
     """
 
     def __init__(self, default: str | None = None):
         self.sources: dict[str, tuple[str, str | None]] = {NANO: ("nano", None), **PUBLISHED}
-        default = default or os.environ.get("MOEBIUS_DEMO_MODEL") or "nano"
+        default = default or os.environ.get("MOEBIUS_DEMO_MODEL") or (ZERO_GPU_MODEL if on_zero_gpu() else "nano")
         if default == "nano":
             self.default = NANO
         elif Path(default).is_dir():
@@ -65,6 +73,13 @@ class ModelShelf:
 
     def is_loaded(self, source: tuple[str, str | None]) -> bool:
         return source in self._pipelines
+
+    def preload(self) -> None:
+        """Loads the first model. ZeroGPU moves to its GPU only what was put on `cuda` before the page is served."""
+        try:
+            self.get(self.sources[self.default])
+        except VisitorError:  # in the log already; it is tried again when a visitor asks for it
+            logger.warning("the page is served without the model %s", self.default)
 
     def get(self, source: tuple[str, str | None]) -> MoebiusInpaintPipeline:
         """The pipeline, loaded if need be."""
@@ -94,7 +109,9 @@ def parse_repository(text: str) -> tuple[str, str | None]:
 
 
 def _load(source: str, checkpoint: str | None) -> MoebiusInpaintPipeline:
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = (
+        "cuda" if torch.cuda.is_available() or on_zero_gpu() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:
         location = bundled_checkpoint(source) if source == "nano" else source

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .models import on_zero_gpu
 from .photos import VisitorError
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class ObjectSelector:
                 try:
                     from transformers import Sam2Model
 
-                    device = "cuda" if torch.cuda.is_available() else "cpu"
+                    # On ZeroGPU clicks are answered where there is no GPU: waiting for one takes longer.
+                    device = "cuda" if torch.cuda.is_available() and not on_zero_gpu() else "cpu"
                     self._model = Sam2Model.from_pretrained(self.source).eval().to(device)
                 except Exception as error:  # No network, no such file, a transformers without SAM 2.
                     logger.warning("the selection model cannot be loaded", exc_info=True)
