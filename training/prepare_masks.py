@@ -4,7 +4,7 @@
     python training/prepare_masks.py --pretrained_model_name_or_path facebook/mask2former-swin-tiny-coco-instance \\
         --train_data_dir photos/ --output_dir masks/
 
-The model is one that finds instances (Mask2Former, MaskFormer, EoMT, DETR) or a SAM, which is asked at the points of a
+The model is one that finds instances (Mask2Former, MaskFormer, EoMT) or a SAM, which is asked at the points of a
 grid. `masks/metadata.jsonl` has a line for each object: `image`, `mask` and `category`, which is `foreground`; and a
 line for each photo without a mask and with the category `background`, whose holes are random. An interrupted run goes
 on where it stopped when it is started again.
@@ -77,7 +77,7 @@ def load_segmenter(args: argparse.Namespace) -> Callable[[Image.Image], Segments
         type(config) not in AutoModelForUniversalSegmentation._model_mapping or config.model_type == "oneformer"
     ):
         raise ValueError(
-            "`pretrained_model_name_or_path` must be a Mask2Former, MaskFormer, EoMT or DETR for segmentation, or a"
+            "`pretrained_model_name_or_path` must be a Mask2Former, a MaskFormer, an EoMT or a"
             f" SAM, but {name!r} is of type {config.model_type!r}."
         )
     try:
