@@ -179,7 +179,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--reference_steps", type=int, default=100)
     add("--guidance_scale", type=float, help="of the first and the third table; default: the model's")
     add("--interval_guidance_scale", type=float, default=2.5, help="of the second table")
-    add("--sampler", choices=SAMPLERS, default="DPM-Solver++ 2M", help="of the second and the third table")
+    add("--sampler", choices=SAMPLERS, default="UniPC", help="of the second and the third table")
     add("--sampler_steps", type=int, default=8, help="of the second and the third table")
     add("--json", dest="json_file", type=Path, help="file for the scores of each photo, written after each")
     add("--seed", type=int, default=0)

@@ -184,9 +184,7 @@ def test_options_reach_the_pipeline(moebius, folder, model, monkeypatch):
     assert calls[1]["generator"].initial_seed() == 5
 
 
-@pytest.mark.parametrize(
-    ("options", "used"), [([], "DPMSolverMultistep"), (["--scheduler", "unipc"], "UniPCMultistep")]
-)
+@pytest.mark.parametrize(("options", "used"), [([], "UniPCMultistep"), (["--scheduler", "dpm"], "DPMSolverMultistep")])
 def test_fast_takes_few_steps_with_prepared_weights(moebius, folder, model, monkeypatch, options, used):
     calls = []
 

@@ -891,7 +891,7 @@ def test_few_steps_are_taken_from_noise_unless_the_model_has_fewer(tiny_pipeline
     timesteps = []
     pipe.use_few_steps(4)(photo(), hole(), callback_on_step_end=lambda _, i, t, kwargs: timesteps.append(int(t)) or {})
     assert timesteps == [999, 749, 499, 249]
-    assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler) and pipe.scheduler.config.solver_order == 2
+    assert isinstance(pipe.scheduler, UniPCMultistepScheduler) and pipe.scheduler.config.solver_order == 2
     assert isinstance(tiny_pipeline.scheduler, DDIMScheduler)
     with pytest.raises(ValueError, match="`num_inference_steps`"):
         pipe.use_few_steps(0)

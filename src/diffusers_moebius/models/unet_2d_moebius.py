@@ -683,8 +683,8 @@ class MoebiusUpBlock2D(nn.Module):
         encoder_hidden_states: torch.Tensor,
     ) -> torch.Tensor:
         for resnet, attention, skip in zip(self.resnets, self.attentions, reversed(skips), strict=True):
-            hidden_states = torch.cat([hidden_states, skip], 1)
-            hidden_states = attention(resnet(hidden_states, temb), encoder_hidden_states)
+            hidden_states = resnet(torch.cat([hidden_states, skip], 1), temb)  # no name keeps the wide tensor longer
+            hidden_states = attention(hidden_states, encoder_hidden_states)
         return hidden_states if self.upsamplers is None else self.upsamplers[0](hidden_states)
 
 

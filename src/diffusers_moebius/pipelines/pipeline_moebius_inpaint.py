@@ -17,7 +17,7 @@ from diffusers.models import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from diffusers.schedulers import DPMSolverMultistepScheduler, KarrasDiffusionSchedulers
+from diffusers.schedulers import KarrasDiffusionSchedulers, UniPCMultistepScheduler
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -187,7 +187,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
 
     def use_few_steps(self, num_inference_steps: int = 5) -> "MoebiusInpaintPipeline":
         """
-        Makes calls that name no steps take few of them: DPM-Solver++ 2M from pure noise in evenly spaced steps.
+        Makes calls that name no steps take few of them: UniPC from pure noise in evenly spaced steps.
 
         A checkpoint whose default is no more steps than that, such as the bundled model, keeps its own sampling.
         `docs/performance.md` compares samplers and numbers of steps.
@@ -203,9 +203,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 f"`num_inference_steps` must be a whole number of at least 1, but is {num_inference_steps}."
             )
         if self.config.default_num_inference_steps > num_inference_steps:
-            self.scheduler = DPMSolverMultistepScheduler.from_config(
-                self.scheduler.config, timestep_spacing="trailing"
-            )
+            self.scheduler = UniPCMultistepScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
             self.register_to_config(default_num_inference_steps=num_inference_steps, default_strength=1.0)
         return self
 
