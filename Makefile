@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean

@@ -34,6 +34,7 @@ EXTRAS["dev"] = sorted(
         "hypothesis>=6.100",
         "pytest>=8.0",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.9",
     }
 )
