@@ -73,7 +73,7 @@ class SeparableConv2d(nn.Module):
             output = self.bn2(self.conv_pw(output))
         return sum_of(output, hidden_states) if self.has_skip else output
 
-    def convolve_in_slices(self, hidden_states: torch.Tensor, max_elements: int = 3 * 2**20) -> torch.Tensor:
+    def convolve_in_slices(self, hidden_states: torch.Tensor, max_elements: int = 3 * 2**19) -> torch.Tensor:
         """Both convolutions, once folded: a slice of wide inputs after another, for the memory's sake."""
         batch, channels, height, width = hidden_states.shape
         count = max(1, -(-hidden_states.numel() // max_elements)) if hidden_states.device.type == "cpu" else 1
