@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 CORE = [
     "torch>=2.6",
-    "diffusers>=0.42",
+    "diffusers>=0.41",
     "transformers>=4.48",
     "accelerate>=1.2",
     "safetensors>=0.4.5",

@@ -709,8 +709,10 @@ def checkpoint_block(block: nn.Module, *args):
     return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
-def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model that peft has put in the place of others, by name."""
+def adapter_layers(model: nn.Module | None) -> dict[str, nn.Module]:
+    """The layers of a model (if there is one) that peft has put in the place of others, by name."""
+    if model is None:
+        return {}
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:  # without peft there are no adapters
