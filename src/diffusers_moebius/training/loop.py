@@ -89,7 +89,7 @@ class TrainingLoop:
                 f"The weights must be whole in every process, but accelerate is set to"
                 f" {self.accelerator.distributed_type.value}: choose data parallelism (`accelerate config`)."
             )
-        self.step = self.skipped = self._skipped_in_row = self._resumed_from = 0
+        self.step = self.skipped = self._skipped_in_row = 0
         self.stop_requested = False
         self.ema: EMAModel | None = None
         self._data_states: list[dict] | None = None
@@ -138,7 +138,7 @@ class TrainingLoop:
                 logger.info("no checkpoint in %s: starting anew", self.output_dir)
             else:
                 self.accelerator.load_state(str(folder))
-                self.step = self._resumed_from = checkpoint_step(folder)
+                self.step = checkpoint_step(folder)
                 logger.info("resuming from %s", folder)
         if self.is_main:
             self._open_log()

@@ -9,9 +9,10 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from .components import ConditionedDenoiser
-from .data import PictureDataset, PictureReader
 from .latents import encode_latents
 from .objective import noise_batch, sample_generators
+from .picture_datasets import PictureDataset
+from .picture_sources import PictureReader
 
 
 class Validation:
