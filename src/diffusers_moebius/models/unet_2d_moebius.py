@@ -599,10 +599,11 @@ class MoebiusUpsample2D(nn.Module):
 
 class SmallGridUpsample2D(nn.Module):
     """
-    Nearest-neighbour enlargement by 2 and a 3x3 convolution, as four 2x2 convolutions on the small grid.
+    Nearest-neighbour enlargement by 2 and a 3x3 convolution, as nine matrix products on the small grid.
 
-    Of the three rows that a filter sees on the large grid two are copies of one row of the small grid, so that their
-    weights add up, and likewise for columns: 16 instead of 36 products for each channel and small position.
+    Along one axis a filter `(a, b, c)` sees two copies of a position `x[i]` and one of its neighbours. With the sum
+    `s = a + b + c` the two outputs are `s x[i] + a (x[i - 1] - x[i])` and `s x[i] + c (x[i + 1] - x[i])`: three
+    products. Along both axes there are 9 of them for each channel and small position, where the enlarged grid needs 36.
 
     Args:
         conv (`torch.nn.Conv2d`): The 3x3 convolution that follows the enlargement, with padding 1.
@@ -610,25 +611,32 @@ class SmallGridUpsample2D(nn.Module):
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        # An even output sees the rows (i - 1, i), an odd one (i, i + 1).
-        sums = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], device=conv.weight.device)
-        weights = torch.einsum("aur,bvc,oirc->aboiuv", sums, sums, conv.weight.detach().float())
-        weights = weights.flatten(0, 1).to(conv.weight)  # [4, out, in, 2, 2]
-        weights = [weight.contiguous(memory_format=torch.channels_last) for weight in weights]
-        self.weights = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in weights)
+        # What multiplies x[i] - x[i - 1], x[i] and x[i + 1] - x[i].
+        terms = torch.tensor([[-1.0, 0, 0], [1, 1, 1], [0, 0, 1]], device=conv.weight.device)
+        weights = torch.einsum("ur,vc,oirc->uvoi", terms, terms, conv.weight.detach().float()).to(conv.weight)
+        sides = weights[::2]
+        self.center = nn.Parameter(weights[1, 1].contiguous(), requires_grad=False)
+        self.horizontal = nn.Parameter(weights[1, ::2].flatten(0, 1), requires_grad=False)
+        self.vertical = nn.Parameter(sides[:, 1].flatten(0, 1), requires_grad=False)
+        self.diagonal = nn.Parameter(sides[:, ::2].flatten(0, 2), requires_grad=False)
         self.bias = conv.bias
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        height, width = hidden_states.shape[2:]
-        padded = F.pad(hidden_states, (1, 1, 1, 1))
-        parts = [
-            F.conv2d(padded[:, :, a : a + height + 1, b : b + width + 1], self.weights[2 * a + b], self.bias)
-            for a in (0, 1)
-            for b in (0, 1)
-        ]
-        parts = torch.stack([part.permute(0, 2, 3, 1) for part in parts], 3)  # [B, H, W, 4, out]
-        parts = parts.unflatten(3, (2, 2)).transpose(2, 3)  # [B, H, 2, W, 2, out]
-        return parts.reshape(len(parts), 2 * height, 2 * width, -1).permute(0, 3, 1, 2)  # [B, out, 2 H, 2 W]
+        tokens = hidden_states.permute(0, 2, 3, 1)  # [B, H, W, C]
+        batch, height, width, _ = tokens.shape
+        columns, rows = F.pad(tokens, (0, 0, 1, 1)).diff(dim=2), F.pad(tokens, (0, 0, 0, 0, 1, 1)).diff(dim=1)
+        corners = F.pad(columns, (0, 0, 0, 0, 1, 1)).diff(dim=1)
+        center = F.linear(tokens, self.center, self.bias)
+        horizontal = F.linear(columns, self.horizontal).unflatten(3, (2, -1))  # [B, H, W + 1, 2, out]
+        vertical = F.linear(rows, self.vertical).unflatten(3, (2, -1))  # [B, H + 1, W, 2, out]
+        diagonal = F.linear(corners, self.diagonal).unflatten(3, (2, 2, -1))  # [B, H + 1, W + 1, 2, 2, out]
+        output = center.new_empty(batch, height, 2, width, 2, center.shape[-1])
+        for x in (0, 1):
+            across = center + horizontal[:, :, x : x + width, x]
+            for y in (0, 1):
+                part = vertical[:, y : y + height, :, y] + diagonal[:, y : y + height, x : x + width, y, x]
+                output[:, :, y, :, x] = part.add_(across)
+        return output.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
 class MoebiusDownBlock2D(nn.Module):
