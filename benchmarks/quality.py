@@ -14,7 +14,8 @@ square out of each, bring it to their size, and draw the hole from the seed and 
 
 No method sees what was in the hole: it is blanked with the mean colour of the visible pixels first, which is also the
 mean-colour fill. What a method returns is pasted onto the photo with a hard edge, so that methods differ in the hole
-alone; the model is asked for its raw picture (`paste=None`), since a feathered paste would blend the blank colour in.
+alone; the model is asked for its raw picture (`paste=None`), since a feathered paste would blend the blank colour in,
+or for the seamless paste where that is its default, which looks at nothing inside the hole either.
 The scores, but for the FID each the mean over the pictures of its value for one picture, on 8-bit RGB at the size of
 the photo or of the protocol:
 
@@ -110,13 +111,13 @@ def pipeline_method(pipe, args: argparse.Namespace, guidance_scale: float | None
     """Returns a method that runs the pipeline; picture `i` is drawn with the seed `args.seed + i`."""
     call = {"num_inference_steps": args.steps, "guidance_scale": guidance_scale, "strength": args.strength}
     call = {name: value for name, value in call.items() if value is not None}
+    call["paste"] = "seamless" if pipe.config.default_paste == "seamless" else None
 
     def method(blanked: np.ndarray, mask: np.ndarray, index: int) -> np.ndarray:
         result = pipe(
             image=Image.fromarray(blanked),
             mask_image=Image.fromarray(mask.astype(np.uint8) * 255),
             generator=torch.Generator().manual_seed(args.seed + index),
-            paste=None,
             **call,
         ).images[0]
         return np.asarray(result.convert("RGB"))

@@ -165,7 +165,7 @@ def test_options_reach_the_pipeline(moebius, folder, model, monkeypatch):
         "masked_content": "original",
         "padding_mask_crop": 64,
         "mask_dilation": 0,
-        "paste": "exact",
+        "paste": "auto",
         "color_compensation": False,
     }
     options = "--steps 7 --guidance 1.5 --strength 0.5 --no-crop --mask-dilation 3 --paste none --color-compensation"

@@ -59,7 +59,9 @@ class DType(str, Enum):
 class Paste(str, Enum):
     """The ways in which the filling comes into the photo."""
 
+    auto = "auto"
     exact = "exact"
+    seamless = "seamless"
     blur = "blur"
     none = "none"
 
@@ -188,9 +190,11 @@ def inpaint(
     paste: Annotated[
         Paste,
         typer.Option(
-            help="exact: nothing changes outside the mask; blur: soft edges across it; none: all from the model."
+            help="exact: nothing changes outside the mask; seamless: nor there, and the filling's colours are moved to"
+            " meet those around it; blur: soft edges across the mask's; none: all from the model; auto: exact, or"
+            " seamless with nano."
         ),
-    ] = Paste.exact,
+    ] = Paste.auto,
     color_compensation: Annotated[
         bool, typer.Option("--color-compensation", help="Match the filling's colours to those around it.")
     ] = False,

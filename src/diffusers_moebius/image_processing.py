@@ -20,7 +20,7 @@ LUMA = (0.299, 0.587, 0.114)
 # A working area may be this many times longer than it is wide.
 MAX_ASPECT_RATIO = 16
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PASTE_MODES = ("exact", "blur", None)
+PASTE_MODES = ("exact", "seamless", "blur", None)
 MASKED_CONTENT = ("original", "fill", "noise")
 
 
@@ -592,6 +592,54 @@ def compensate_color(
     return fill + gain * difference.mean(axis=0)
 
 
+def match_edges(fill: np.ndarray, original: np.ndarray, mask: np.ndarray, sweeps: int = 6) -> np.ndarray:
+    """
+    Shifts the colours of a result inside the hole so that it meets the original at the hole's edge without a step.
+
+    The difference between the two on the pixels around the hole goes on into it as a membrane that is fixed there
+    (Laplace's equation; Pérez et al., "Poisson Image Editing", 2003, section 2) and is added. A pyramid approximates
+    it from coarse to fine: exactly along the edge, as smoothly inside. Where the hole touches the border nothing is
+    fixed; a hole without an edge stays as it is.
+
+    Args:
+        fill (`np.ndarray` of shape `[h, w, 3]`): The decoded picture, floats.
+        original (`np.ndarray` of shape `[h, w, 3]`): The original in the same place; what it has in the hole is not
+            looked at.
+        mask (`np.ndarray` of shape `[h, w]`): Boolean mask, not empty.
+        sweeps (`int`, defaults to 6): Averages over the neighbours at full size; each coarser level has twice as many,
+            up to 64.
+
+    Returns:
+        `np.ndarray` of shape `[h, w, 3]`, equal to `fill` outside the hole; it may leave the range [0, 1].
+    """
+    left, top, right, bottom = mask_box(mask, 1)
+    area = slice(top, bottom), slice(left, right)
+    hole = mask[area]
+    edge = dilate_mask(hole, 1) & ~hole
+    if not edge.any():
+        return fill
+    difference = np.where(edge[..., None], original[area] - fill[area], 0).astype(np.float32)
+    values = torch.from_numpy(difference).permute(2, 0, 1)[None].contiguous()
+    levels = [(values, torch.from_numpy(edge.astype(np.float32))[None, None])]  # values times known share, and share
+    while max(levels[-1][1].shape[2:]) > 1:
+        window = [min(2, length) for length in levels[-1][1].shape[2:]]
+        levels.append(tuple(F.avg_pool2d(level, window, ceil_mode=True) for level in levels[-1]))
+    values, share = levels.pop()
+    membrane = values / share
+    for level, (values, share) in reversed(list(enumerate(levels))):
+        free = (share == 0).float()
+        fixed = values / share.where(share > 0, 1)
+        membrane = fixed + free * F.interpolate(membrane, share.shape[2:], mode="bilinear", align_corners=False)
+        for _ in range(min(sweeps * 2**level, 64)):
+            padded = F.pad(membrane, (1, 1, 1, 1), mode="replicate")  # nothing flows across the borders
+            neighbours = padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
+            neighbours.add_(padded[..., 1:-1, :-2]).add_(padded[..., 1:-1, 2:])
+            membrane = torch.addcmul(fixed, neighbours, free, value=0.25)
+    result = fill.copy()
+    result[area] += np.where(hole[..., None], membrane[0].permute(1, 2, 0).numpy(), 0)
+    return result
+
+
 def paste_fill(
     picture: Picture,
     fill: np.ndarray,
@@ -609,7 +657,8 @@ def paste_fill(
         mask (`np.ndarray` of shape `[H, W]`): Boolean mask of the whole picture, not empty.
         box (`tuple[int, int, int, int]`): Where `fill` belongs, `(left, top, right, bottom)`.
         paste (`str`, *optional*, defaults to `"exact"`): `"exact"` changes nothing outside the mask and blends inwards
-            ([`feather_inwards`]), `"blur"` is the release's blend ([`blur_mask`]) with its truncation to the picture's
+            ([`feather_inwards`]), `"seamless"` changes nothing outside either and moves the colours inside
+            ([`match_edges`]), `"blur"` is the release's blend ([`blur_mask`]) with its truncation to the picture's
             depth, `None` takes all of `fill`.
         color_compensation (`bool`, defaults to `False`): Whether [`compensate_color`] comes first.
 
@@ -622,9 +671,12 @@ def paste_fill(
         fill = np.floor(fill * picture.peak) / picture.peak
     if color_compensation:
         fill = compensate_color(fill, picture.rgb(box), mask[top:bottom, left:right])
+    if paste == "seamless":
+        fill = match_edges(fill, picture.rgb(box), mask[top:bottom, left:right]).clip(0, 1)
 
     original = picture.samples[top:bottom, left:right]
-    weight = {"exact": feather_inwards, "blur": blur_mask, None: np.ones_like}[paste](mask)
+    weights = {"exact": feather_inwards, "seamless": np.float32, "blur": blur_mask, None: np.ones_like}
+    weight = weights[paste](mask)
     weight = weight[top:bottom, left:right, None]
     blended = weight * picture.from_rgb(fill) + (1 - weight) * original
     if picture.peak > 1:

@@ -342,6 +342,22 @@ class TestGuidance:
         assert steps == [0, 1, 2, 3] and few.num_timesteps == 4
         assert pipe.config.default_num_inference_steps == 20 and pipe.config.default_strength == 0.99
 
+    def test_default_paste_is_the_checkpoint_s(self, pipe, tmp_path):
+        run = {"image": photo(), "mask_image": hole(), "num_inference_steps": 1, "strength": 1.0}
+        assert pipe.config.default_paste == "exact"
+        MoebiusInpaintPipeline.from_pipe(pipe, default_paste="seamless").save_pretrained(tmp_path)
+        seamless = MoebiusInpaintPipeline.from_pretrained(tmp_path)
+        seamless.set_progress_bar_config(disable=True)
+        results = {
+            (name, paste): np.asarray(each(**run, paste=paste, generator=seeded(0)).images[0])
+            for name, each in {"exact": pipe, "seamless": seamless}.items()
+            for paste in ("auto", "exact", "seamless")
+        }
+        for name in ("exact", "seamless"):
+            np.testing.assert_array_equal(results[name, "auto"], results[name, name])
+            np.testing.assert_array_equal(results[name, "auto"], results["exact", name])
+        assert (results["exact", "auto"] != results["seamless", "auto"]).any()
+
     def test_tokens_are_one_tensor_over_the_steps(self, pipe, tiny_unet):
         seen = []
         tiny_unet.register_forward_pre_hook(
@@ -363,12 +379,12 @@ class TestPictures:
         "I;16": "I;16",
     }
 
-    @pytest.mark.parametrize("paste", ["exact", "blur", None])
+    @pytest.mark.parametrize("paste", ["exact", "seamless", "blur", None])
     def test_modes_come_back_and_the_outside_is_exact(self, pipe, paste):
         images = [photo(mode=mode) for mode in self.MODES]
         results = pipe(images, hole(), num_inference_steps=2, guidance_scale=1, paste=paste).images
         outside = ~hole()
-        outside[4:-4, 4:-4] &= paste == "exact"  # the blur reaches 9 px beyond the hole
+        outside[4:-4, 4:-4] &= paste in ("exact", "seamless")  # the blur reaches 9 px beyond the hole
         for image, result, mode in zip(images, results, self.MODES.values()):
             assert result.mode == mode and result.size == image.size
             expected = np.asarray(image if mode == "I;16" else image.convert(mode))

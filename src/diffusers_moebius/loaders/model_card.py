@@ -70,7 +70,8 @@ without a network; for pictures that matter, use the published weights.
 - Faces, hands, text and regular patterns often turn out wrong when most of them is hidden, and so do very large holes.
   The portrait weights know aligned faces in the middle of the picture.
 - Models learn from photos as they are found and share their biases: what they invent looks like what they saw most.
-- Pixels outside the mask stay as they are with the default `paste="exact"`; with other settings they change.
+- Pixels outside the mask stay as they are with `paste="exact"` (default) and `"seamless"` (default of `nano`); with
+  other settings they change.
 
 ## Evaluation
 

@@ -91,6 +91,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             Steps of a call that names none; a checkpoint trained for few steps has fewer.
         default_strength (`float`, defaults to 0.99):
             Strength of a call that names none.
+        default_paste (`str`, defaults to `"exact"`):
+            How a call that does not say so pastes its results; `"seamless"` for the bundled model.
     """
 
     model_cpu_offload_seq = "lcg_embedder->unet->vae"
@@ -105,6 +107,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         default_guidance_scale: float = 2.5,
         default_num_inference_steps: int = 20,
         default_strength: float = 0.99,
+        default_paste: str | None = "exact",
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, lcg_embedder=lcg_embedder, scheduler=scheduler)
@@ -112,6 +115,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             default_guidance_scale=default_guidance_scale,
             default_num_inference_steps=default_num_inference_steps,
             default_strength=default_strength,
+            default_paste=default_paste,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         has_unet = getattr(self, "unet", None) is not None
@@ -280,7 +284,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             if value is not None and len(value) == 0:
                 raise ValueError(f"`{name}` is empty; at least one step is needed.")
         if paste not in PASTE_MODES:
-            raise ValueError(f"`paste` must be one of {', '.join(map(repr, PASTE_MODES))}, but is {paste!r}.")
+            raise ValueError(f"`paste` must be one of 'auto', {', '.join(map(repr, PASTE_MODES))}, but is {paste!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -588,7 +592,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         noise_offset: float = 0.0357,
         mask_dilation: int = 0,
         color_compensation: bool = False,
-        paste: str | None = "exact",
+        paste: str | None = "auto",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | list[torch.Tensor] | None = None,
         output_type: str = "pil",
@@ -660,10 +664,13 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 mask counts as outside.
             color_compensation (`bool`, defaults to `False`):
                 Shifts the colours of the result by 1.1 times the mean difference to the photo around the hole.
-            paste (`str`, *optional*, defaults to `"exact"`):
+            paste (`str`, *optional*, defaults to `"auto"`):
                 `"exact"`: every pixel outside the mask is the input's, bit by bit, and the result is blended in on the
-                inner side of the mask's edge. `"blur"`: the release's blend, by the mask under a Gaussian of 3 px.
-                `None`: the decoded picture alone (with `padding_mask_crop`, within its box).
+                inner side of the mask's edge. `"seamless"`: every pixel outside is the input's too, and the colours
+                inside are shifted so that they meet those around the hole ([`match_edges`]). `"blur"`: the release's
+                blend, by the mask under a Gaussian of 3 px. `None`: the decoded picture alone (with
+                `padding_mask_crop`, within its box). `"auto"`: the checkpoint's `default_paste`, which is `"exact"`,
+                or `"seamless"` for the bundled model.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 With a list, one a photo or one a result, each draws from its own, so that a result does not depend on
                 what else is in the batch. With a single one (or none) the draws of a batch follow each other. The
@@ -697,6 +704,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         strength = self.config.default_strength if strength is None else strength
+        paste = self.config.default_paste if paste == "auto" else paste
         if num_inference_steps is None:
             num_inference_steps = self.config.default_num_inference_steps
 
