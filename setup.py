@@ -5,11 +5,9 @@ from setuptools import find_packages, setup
 CORE = [
     "torch>=2.6",
     "diffusers>=0.41",
-    "transformers>=4.48",
     "accelerate>=1.2",
     "safetensors>=0.4.5",
     "huggingface_hub>=1.32",
-    "peft>=0.17",
     "numpy>=1.26",
     "pillow>=10.3",
     "typer>=0.15",
@@ -18,9 +16,10 @@ CORE = [
 ]
 EXTRAS = {
     "examples": ["scikit-image>=0.24"],
-    "train": ["datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.16"],
+    "lora": ["peft>=0.17"],
+    "train": ["datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.16", "peft>=0.17", "transformers>=4.56"],
     "perceptual": ["elatentlpips>=0.2"],
-    "demo": ["gradio>=6.0", "scikit-image>=0.24"],
+    "demo": ["gradio>=6.0", "scikit-image>=0.24", "transformers>=4.56"],
     "eval": ["opencv-python-headless>=4.10", "scikit-image>=0.24"],
     "bench": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
     "fid": ["torch-fidelity>=0.3"],  # brings torchvision; without it the FID takes Inception as TorchScript

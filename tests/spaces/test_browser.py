@@ -68,7 +68,7 @@ class Visitor:
     def set_steps(self, steps):
         if not self.page.locator("#steps").is_visible():
             self.page.locator("#settings button").first.click()
-        number = self.page.locator("#steps input[type=number]")
+        number = self.page.get_by_label("Steps")
         number.fill(str(steps))
         number.press("Tab")
 

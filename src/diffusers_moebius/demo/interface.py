@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..image_processing import dilate_mask, load_masks, load_pictures, mask_values
+from .browser import ADD_SHIFT, CSS, EDITOR_HEIGHT, HEAD
 from .examples import available_examples
 from .inpainting import Settings, Step, generate, set_shelf
 from .models import OWN, ModelShelf, on_zero_gpu
@@ -50,16 +51,6 @@ MAX_STEPS = 100
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 # Fonts by name alone: gradio's own themes would fetch theirs from another server.
 THEME_FONTS = {"font": FONTS, "font_mono": ["ui-monospace", "Menlo", "Consolas", "monospace"]}
-CSS = """
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
-#status { min-height: 1.6rem; }
-#status progress { width: 100%; height: 0.6rem; accent-color: var(--color-accent); }
-#actions button { min-height: 2.75rem; }
-@media (max-width: 480px) {
-  .gradio-container { padding: 0.5rem !important; }
-  #actions button { flex: 1 1 100%; }
-}
-"""
 INTRODUCTION = """# Remove things from photos
 Choose a photo, paint over what should go, press **Remove**. Everything else stays as it is, pixel by pixel."""
 
@@ -71,6 +62,8 @@ class Session:
         self.photo: Photo | None = None
         self.view: Image.Image | None = None
         self.mask: np.ndarray | None = None  # in the size of the view
+        # Whether the editor holds the mask: while it is out of sight it takes no layer, and this mask counts.
+        self.in_editor = True
         self.embeddings = None
         self.result: Photo | None = None
         self.result_view: Image.Image | None = None
@@ -165,6 +158,16 @@ def _seconds(value: float) -> str:
     return f"{max(1, round(value))} s" if value < 90 else f"{round(value / 60)} min"
 
 
+def parse_number(name: str, text: str) -> float | None:
+    """A number that a visitor has typed; `None` for none."""
+    if not text.strip():
+        return None
+    try:
+        return float(text.strip().replace(",", "."))
+    except ValueError:
+        raise VisitorError(f"{name} must be a number, but is {text.strip()!r}.") from None
+
+
 class Demo:
     """
     What the page does, apart from how it looks.
@@ -191,8 +194,8 @@ class Demo:
         ):
             if name == "steps" and value is None:
                 continue
-            if value is None or not least <= value <= most:
-                raise VisitorError(f"{name} must be between {least} and {most}, but is {value}.")
+            if value is None or not least <= value <= most or value != int(value):
+                raise VisitorError(f"{name} must be a whole number from {least} to {most}, but is {value}.")
         if guidance is not None and not 0 <= guidance <= 20:
             raise VisitorError(f"guidance must be between 0 and 20, but is {guidance}.")
         if steps is None:
@@ -209,9 +212,21 @@ class Demo:
 
     def current_mask(self, session: Session, editor: dict | None) -> np.ndarray:
         """What the visitor has marked, by brush and clicks."""
-        if editor is not None and editor.get("background") is not None:
+        if session.in_editor and editor is not None and editor.get("background") is not None:
             session.mask = painted_mask(editor["layers"], session.view.size)
         return session.mask
+
+    def box(self, session: Session, rectangle: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom, in pixels of the view, of a rectangle whose place and size are in percent."""
+        for name, value in zip(("left", "top", "width", "height"), rectangle):
+            if value is None or not 0 <= value <= 100:
+                raise VisitorError(f"{name} must be between 0 and 100, but is {value}.")
+        left, top, width, height = rectangle
+        corners = (left, top, min(100, left + width), min(100, top + height))
+        box = tuple(round(value * side / 100) for value, side in zip(corners, session.view.size * 2))
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise VisitorError("There is nothing in this rectangle. Width and height must be more than 0 %.")
+        return box
 
     def click(self, session: Session, point: tuple[float, float], remove: bool, grow: float) -> np.ndarray:
         """Adds the object under a point to the mask, or takes it away."""
@@ -364,6 +379,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 image_mode=None,
                 height=280,
                 buttons=[],
+                placeholder="# Choose a photo\nor drop or paste one here",
                 elem_id="photo",
             )
             # The file as it came: the component's own preprocessing opens it, and fails on what is no picture. Where
@@ -381,7 +397,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
 
         with gr.Column(visible=False, elem_id="work") as work_part:
             with gr.Tabs(selected="paint") as tabs:
-                with gr.Tab("Paint", id="paint"):
+                with gr.Tab("Paint", id="paint") as paint_tab:
                     editor = gr.ImageEditor(
                         label="Paint over what should go",
                         type="numpy",
@@ -394,6 +410,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                         eraser=gr.Eraser(),
                         buttons=["fullscreen"],
                         canvas_size=(VIEW_SIDE, VIEW_SIDE),
+                        height=EDITOR_HEIGHT,
                         elem_id="editor",
                     )
                 with gr.Tab("Click to select", id="click") as click_tab:
@@ -407,13 +424,25 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                     )
                     with gr.Row():
                         click_mode = gr.Radio(
-                            [("Add the object", "add"), ("Take the object away", "remove")],
+                            [("Mark the object", "add"), ("Unmark it (or Shift-click)", "remove")],
                             value="add",
                             label="A click will",
+                            elem_id="click-mode",
                         )
-                        click_grow = gr.Slider(0, 40, value=6, step=1, label="Grow each selection by (pixels)")
+                        click_grow = gr.Slider(0, 40, value=6, step=1, label="Grow selections by (pixels)")
+                    with_shift = gr.Checkbox(False, visible=False)
                     click_note = gr.Markdown(visible=False, elem_id="click-note")
-                    click_clear = gr.Button("Clear the selection", size="sm")
+            unmark_all = gr.Button("Unmark everything", size="sm")
+            with gr.Accordion("Mark by keyboard", open=False, elem_id="by-keyboard"):
+                with gr.Row():
+                    rectangle = [
+                        gr.Number(value, label=f"{name} (%)", minimum=0, maximum=100, min_width=110)
+                        for name, value in (("Left", 40), ("Top", 40), ("Width", 20), ("Height", 20))
+                    ]
+                with gr.Row():
+                    mark_rectangle = gr.Button("Mark the rectangle", size="sm")
+                    unmark_rectangle = gr.Button("Unmark the rectangle", size="sm")
+                    mark_object = gr.Button("Mark the object in its middle", size="sm")
             with gr.Row(elem_id="actions"):
                 remove = gr.Button("Remove", variant="primary", elem_id="remove")
                 stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
@@ -434,7 +463,11 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
             slider = gr.ImageSlider(
                 label="Before and after", interactive=False, format="png", buttons=["fullscreen"], elem_id="slider"
             )
-            outline = gr.Checkbox(False, label="Show the outline of the mask", elem_id="outline")
+            with gr.Row():
+                shown = gr.Radio(
+                    [("Before", 100), ("Half and half", 50), ("After", 0)], value=50, label="Show", elem_id="shown"
+                )
+                outline = gr.Checkbox(False, label="Show the outline of the mask", elem_id="outline")
             with gr.Row():
                 file_format = gr.Radio(
                     [("PNG, exact", "PNG"), ("JPEG, smaller", "JPEG")], value="PNG", label="File", elem_id="format"
@@ -442,7 +475,9 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 with gr.Column():
                     download = gr.DownloadButton("Download", variant="primary", elem_id="download")
                     again = gr.Button("Use the result as the new photo", elem_id="again")
-            used = gr.Textbox(label="For the same picture again", interactive=False, lines=2, elem_id="used")
+            used = gr.Textbox(
+                label="For the same picture again", interactive=False, lines=2, buttons=["copy"], elem_id="used"
+            )
 
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             model_name = gr.Dropdown(demo.shelf.names, value=demo.shelf.default, label="Model", elem_id="model")
@@ -450,36 +485,37 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 label="Repository", placeholder="owner/name, or owner/name/folder", visible=False, elem_id="own"
             )
             with gr.Row():
-                steps = gr.Number(
-                    None,
-                    label="Steps (empty: the model's own)",
-                    precision=0,
-                    minimum=1,
-                    maximum=MAX_STEPS,
-                    elem_id="steps",
+                # No numbers: gradio shows and sends one that is empty as 0.
+                steps = gr.Textbox(
+                    label=f"Steps (1 to {MAX_STEPS})", placeholder="The model's own", max_lines=1, elem_id="steps"
                 )
-                guidance = gr.Number(
-                    None, label="Guidance (empty: the model's own)", minimum=0, maximum=20, elem_id="guidance"
+                guidance = gr.Textbox(
+                    label="Guidance (0 to 20)", placeholder="The model's own", max_lines=1, elem_id="guidance"
                 )
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
                 new_seed = gr.Checkbox(True, label="A new seed each time", elem_id="new-seed")
             with gr.Row():
-                edge_margin = gr.Slider(0, 100, value=0, step=1, label="Edge margin: grow the mask by (pixels)")
-                context = gr.Slider(
-                    0, 400, value=DEFAULT_CONTEXT, step=5, label="Surroundings that the model sees (% of the mask)"
-                )
+                edge_margin = gr.Slider(0, 100, value=0, step=1, label="Edge margin (pixels)")
+                context = gr.Slider(0, 400, value=DEFAULT_CONTEXT, step=5, label="Surroundings seen (% of the mask)")
             color_compensation = gr.Checkbox(False, label="Match the filling's colours to those around it")
 
         private = {"api_visibility": "private"}
         opened = [state, editor, clicked, upload, upload_part, work_part, result_part, status, preview, tabs]
 
+        def edited(session: Session) -> dict:
+            """What the editor is given."""
+            session.in_editor = True
+            layers = [mask_layer(session.mask)] if session.mask.any() else []
+            value = {"background": session.view, "layers": layers, "composite": None}
+            # The canvas has the size of the photo: the editor puts a layer in the middle of its canvas.
+            return gr.update(value=value, canvas_size=session.view.size)
+
         def show(session: Session) -> dict:
             """The page with a newly opened photo."""
-            layers = [mask_layer(session.mask)] if session.mask.any() else []
             return {
                 state: session,
-                editor: {"background": session.view, "layers": layers, "composite": None},
+                editor: edited(session),
                 clicked: show_mask(session.view, session.mask),
                 upload: None,
                 upload_part: gr.update(visible=False),
@@ -492,28 +528,33 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
 
         @_friendly
         def open_upload(session, file):
-            if file is None:
-                yield {status: _status("")}
-                return
+            if file is None:  # as it is when the photo has been taken from the component
+                # Not `gr.skip()` for all: an update makes a new component for the visitor, without our preprocessing.
+                return {upload: None}
             path, name = file
             session = session or Session()
             try:
                 session.open(open_photo(path, name))
-            except Exception:
-                yield {upload: None, status: _status("")}  # ready for another file
-                raise
+            except VisitorError as error:
+                gr.Warning(str(error), duration=None, title="Another photo, please")
+                return {upload: None, status: _status(str(error))}
             finally:
                 Path(path).unlink(missing_ok=True)
-            yield show(session)
+            return show(session)
 
-        upload.input(open_upload, [state, upload], opened, show_progress="minimal", show_progress_on=status, **private)
+        # Not `input`, which neither the camera nor the clipboard's button is.
+        upload.change(
+            open_upload, [state, upload], opened, show_progress="minimal", show_progress_on=status, **private
+        )
 
         @_friendly
         def open_example(session, index):
             session = session or Session()
             session.open(*demo.examples[index].load())
+            page = show(session)
             # Where the mask shows at once; an editor that has not been drawn yet does not draw a layer.
-            return show(session) | {
+            session.in_editor = False
+            return page | {
                 tabs: gr.update(selected="click"),
                 status: _status("What is tinted red is marked. Press Remove."),
             }
@@ -545,59 +586,95 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 status: _status(""),
             }
 
+        def opened_session(session) -> Session:
+            if session is None or session.photo is None:
+                raise VisitorError("Choose a photo first.")
+            return session
+
         @_friendly
         def to_click(session, editor):
             if session is None or session.photo is None:
                 return None
-            return show_mask(session.view, demo.current_mask(session, editor))
-
-        click_tab.select(to_click, [state, editor], clicked, show_progress="hidden", **private)
-
-        def to_editor(session):
-            layers = [mask_layer(session.mask)] if session.mask.any() else []
-            return {"background": session.view, "layers": layers, "composite": None}
+            picture = show_mask(session.view, demo.current_mask(session, editor))
+            session.in_editor = False
+            return picture
 
         @_friendly
-        def on_click(session, mode, grow, event: gr.SelectData):
-            if session is None or session.photo is None:
-                raise VisitorError("Choose a photo first.")
+        def to_paint(session):
+            return gr.skip() if session is None or session.photo is None or session.in_editor else edited(session)
+
+        click_tab.select(to_click, [state, editor], clicked, show_progress="hidden", **private)
+        paint_tab.select(to_paint, [state], editor, show_progress="hidden", **private)
+
+        def show_marked(session) -> dict:
+            """The page after a change of the mask; its size in words is for those who cannot see it."""
+            share = session.mask.mean()
+            percent = f"{100 * share:.0f}" if share >= 0.01 else "less than 1"
+            return {
+                **({editor: edited(session)} if session.in_editor else {}),
+                clicked: show_mask(session.view, session.mask),
+                click_note: gr.update(visible=False),
+                status: _status(
+                    f"Marked: {percent} % of the photo. Mark more, or press Remove." if share else "Nothing is marked."
+                ),
+            }
+
+        @_friendly
+        def select(session, point, unmark, grow):
             yield {status: _status("Looking for what is there…")}
             try:
-                mask = demo.click(session, tuple(event.index), mode == "remove", grow)
+                demo.click(session, point, unmark, grow)
             except SelectionUnavailable as error:
-                yield {status: _status(""), click_note: gr.update(value=f"**{error}**", visible=True)}
+                yield {status: _status(str(error)), click_note: gr.update(value=f"**{error}**", visible=True)}
                 return
             except Exception:
                 yield {status: _status("")}
                 raise
-            yield {
-                clicked: show_mask(session.view, mask),
-                editor: to_editor(session),
-                click_note: gr.update(visible=False),
-                status: _status("Marked. Click on more, or press Remove." if mask.any() else "Nothing is marked."),
-            }
-
-        clicked.select(
-            on_click,
-            [state, click_mode, click_grow],
-            [clicked, editor, status, click_note],
-            show_progress="minimal",
-            show_progress_on=status,
-            concurrency_limit=1,
-            concurrency_id="selector",
-            **private,
-        )
+            yield show_marked(session)
 
         @_friendly
-        def clear(session):
-            if session is None or session.photo is None:
-                raise VisitorError("Choose a photo first.")
-            session.mask = np.zeros_like(session.mask)
-            return {clicked: session.view, editor: to_editor(session)}
+        def on_click(session, mode, grow, shift, event: gr.SelectData):
+            yield from select(opened_session(session), tuple(event.index), shift or mode == "remove", grow)
 
-        click_clear.click(clear, [state], [clicked, editor], show_progress="hidden", **private)
+        @_friendly
+        def on_mark_object(session, editor, grow, *rectangle):
+            box = demo.box(opened_session(session), rectangle)
+            demo.current_mask(session, editor)
+            yield from select(session, ((box[0] + box[2] - 1) / 2, (box[1] + box[3] - 1) / 2), False, grow)
 
-        run_outputs = [status, preview, result_part, slider, outline, download, used, seed, remove, stop, file_format]
+        marked = {
+            "outputs": [clicked, editor, status, click_note],
+            "show_progress": "minimal",
+            "show_progress_on": status,
+            **private,
+        }
+        selecting = {"concurrency_limit": 1, "concurrency_id": "selector", **marked}
+        clicked.select(on_click, [state, click_mode, click_grow, with_shift], js=ADD_SHIFT, **selecting)
+        mark_object.click(on_mark_object, [state, editor, click_grow, *rectangle], **selecting)
+
+        def fill_rectangle(value: bool):
+            @_friendly
+            def fill(session, editor, *rectangle):
+                left, top, right, bottom = demo.box(opened_session(session), rectangle)
+                mask = demo.current_mask(session, editor).copy()
+                mask[top:bottom, left:right] = value
+                session.mask = mask
+                return show_marked(session)
+
+            return fill
+
+        mark_rectangle.click(fill_rectangle(True), [state, editor, *rectangle], **marked)
+        unmark_rectangle.click(fill_rectangle(False), [state, editor, *rectangle], **marked)
+
+        @_friendly
+        def on_unmark_all(session):
+            session.mask = np.zeros_like(opened_session(session).mask)
+            return show_marked(session)
+
+        unmark_all.click(on_unmark_all, [state], **marked)
+
+        run_outputs = [status, preview, result_part, slider, shown, outline]
+        run_outputs += [file_format, download, used, seed, remove, stop]
         idle = {remove: gr.update(interactive=True), stop: gr.update(visible=False)}
 
         def wait():
@@ -611,9 +688,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
         def run(session, editor, model, own, steps, guidance, seed_value, is_new, margin, context, compensate):
             stop_flag = None
             try:
-                if session is None or session.photo is None:
-                    raise VisitorError("Choose a photo first.")
-                mask = demo.current_mask(session, editor)
+                mask = demo.current_mask(opened_session(session), editor)
                 seed_value = random.randrange(2**31) if is_new else seed_value
                 messages = demo.run(
                     session,
@@ -621,8 +696,8 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                     model,
                     own,
                     margin,
-                    steps=steps,
-                    guidance=guidance,
+                    steps=parse_number("steps", steps),
+                    guidance=parse_number("guidance", guidance),
                     seed=seed_value,
                     context=context,
                     color_compensation=compensate,
@@ -649,7 +724,8 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                             status: _status("Done."),
                             preview: gr.update(value=None, visible=False),
                             result_part: gr.update(visible=True),
-                            slider: (session.view, session.result_view),
+                            slider: gr.update(value=(session.view, session.result_view), slider_position=50),
+                            shown: 50,
                             outline: False,
                             file_format: "PNG",
                             download: str(path),
@@ -721,6 +797,14 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
             after = session.result_view
             return session.view, draw_outline(after, session.result_mask) if wanted else after
 
+        shown.input(
+            lambda position: gr.update(slider_position=position),
+            shown,
+            slider,
+            queue=False,
+            show_progress="hidden",
+            **private,
+        )
         outline.input(show_outline, [state, outline], slider, show_progress="hidden", **private)
 
         @_friendly
@@ -800,9 +884,10 @@ def launch_demo(
         share=share,
         theme=theme,
         css=CSS,
+        head=HEAD,
         max_file_size=f"{MAX_FILE_MEGABYTES}mb",
         show_error=False,
         ssr_mode=False,
-        footer_links=["api", "settings"],
+        footer_links=["api"],
         **kwargs,
     )

@@ -211,7 +211,7 @@ class MoebiusLoraLoaderMixin(LoraBaseMixin):
             ImportError: If peft is not installed.
         """
         if not USE_PEFT_BACKEND:
-            raise ImportError("LoRA adapters need the package peft: install it with `pip install -U peft`.")
+            raise ImportError("LoRA adapters need the package peft: `pip install peft`, or the extra `lora`.")
         self._check_not_fused("load_lora_weights")
         names = getattr(self.unet, "peft_config", {})
         if adapter_name is None:

@@ -16,7 +16,6 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.models import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers, UniPCMultistepScheduler
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
@@ -451,6 +450,28 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             return noise * scheduler.init_noise_sigma
         return scheduler.add_noise(image_latents, noise, timestep.expand(noise.shape[0]))
 
+    def set_timesteps(
+        self,
+        scheduler,
+        num_inference_steps: int,
+        device: torch.device,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+    ) -> int:
+        """
+        Sets the timesteps of a scheduler: the given ones, or as many as are asked for; returns their number.
+
+        The function of diffusers for this is in a module that imports transformers, which takes seconds.
+        """
+        given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+        if len(given) > 1:
+            raise ValueError("Only one of `timesteps` and `sigmas` can be given.")
+        for name in given:
+            if name not in inspect.signature(scheduler.set_timesteps).parameters:
+                raise ValueError(f"`{name}` cannot be given to a {type(scheduler).__name__}.")
+        scheduler.set_timesteps(**(given or {"num_inference_steps": num_inference_steps}), device=device)
+        return len(scheduler.timesteps) if given else num_inference_steps
+
     def get_timesteps(self, scheduler, num_inference_steps: int, strength: float) -> torch.Tensor:
         """The scheduler's timesteps that `strength` leaves, of which the first is where the scheduler will begin."""
         kept = int(num_inference_steps * strength)
@@ -750,7 +771,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
 
         # 2. Timesteps, on a scheduler of this call's own
         scheduler = copy.deepcopy(self.scheduler)
-        _, num_inference_steps = retrieve_timesteps(scheduler, num_inference_steps, device, timesteps, sigmas)
+        num_inference_steps = self.set_timesteps(scheduler, num_inference_steps, device, timesteps, sigmas)
         timesteps = self.get_timesteps(scheduler, num_inference_steps, strength)
         self._num_timesteps = len(timesteps)
         step_parameters = inspect.signature(scheduler.step).parameters

@@ -1,0 +1,110 @@
+"""What the page adds to gradio's own in the browser: its looks, and a script for what gradio has no words for."""
+
+import json
+
+CSS = """
+.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+.gradio-container :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: -2px; }
+#status { min-height: 1.6rem; }
+#status progress { display: block; width: 100%; height: 0.6rem; margin-top: 4px; accent-color: var(--color-accent); }
+#actions button { min-height: 2.75rem; }
+#actions { scroll-margin-top: 0.5rem; }
+/* There is one colour to paint with, and a canvas that is cleared has lost its photo. */
+#editor button[aria-label="Color"], #editor button[aria-label="Clear canvas"] { display: none; }
+@media (max-width: 480px) {
+  .gradio-container { padding: 0.5rem !important; }
+  .gradio-container main { padding: 0.5rem !important; }
+  #actions button { flex: 1 1 100%; }
+  #editor { height: 400px !important; }
+  /* The toolbar needs the place, and the tab above says it as well. */
+  #editor > [data-testid=block-label] { display: none; }
+  /* One below the other, so that labels have the width; the brushes below the photo, not on it. */
+  .gradio-container .form { flex-direction: column; }
+  #by-keyboard .form { flex-direction: row; }
+  #editor .toolbar-wrap { top: auto; bottom: 0.25rem; left: 50%; transform: translateX(-50%); flex-direction: row; }
+  #editor .half-container { flex-direction: row; }
+  footer { display: none !important; }
+}
+"""
+# Fits a laptop's screen together with the buttons below.
+EDITOR_HEIGHT = "clamp(350px, 62vh, 700px)"
+
+# Names for what gradio leaves without one: selector, attributes.
+NAMES = [
+    ["#editor [data-testid=image]", {"role": "group", "aria-label": "Paint over what should go"}],
+    [
+        "#editor .pixi-target canvas",
+        {
+            "role": "img",
+            "aria-label": "Your photo, with what is marked in red. Painting takes a mouse, a pen or a finger; "
+            "“Mark by keyboard” below does without.",
+        },
+    ],
+    ["#editor .pixi-target-crop", {"aria-hidden": "true"}],
+    ["#editor .zoom-number [role=button]", {"aria-description": "Zoom; press for a list"}],
+    ["#slider img:not(.fixed)", {"alt": "Before"}],
+    ["#slider img.fixed", {"alt": "After"}],
+]
+
+# Where the focus goes when what had it is gone, and one of these appears.
+FOCUS = ["#work [role=tab]", "#stop", "#download", "#photo button"]
+
+# Each part alone, so that one that fails takes no other with it; the page works without any.
+SCRIPT = """
+(() => {
+  // Whether Shift was held at the last click, which gradio's events do not say.
+  document.addEventListener("click", (event) => { window.moebiusShift = event.shiftKey; }, true);
+
+  // A picture that is pasted anywhere on the page becomes the photo, if one is waited for.
+  document.addEventListener("paste", (event) => {
+    const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+    const input = document.querySelector("#photo input[type=file]");
+    if (!files.length || !input) return;
+    const transfer = new DataTransfer();
+    transfer.items.add(files[0]);
+    input.files = transfer.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+    event.preventDefault();
+  });
+
+  const setNames = () => {
+    for (const [selector, attributes] of NAMES)
+      for (const element of document.querySelectorAll(selector))
+        for (const [key, value] of Object.entries(attributes))
+          if (element.getAttribute(key) !== value) element.setAttribute(key, value);
+  };
+
+  // Buttons come and go with what is possible; whoever uses the keyboard must not be sent back to the top each time.
+  let before = null;
+  let target = null;
+  const follow = () => {
+    const now = Object.fromEntries(
+      [...FOCUS, "#status progress"].map((selector) => [selector, document.querySelector(selector) !== null]),
+    );
+    const last = before;
+    before = now;
+    if (last === null) return;
+    for (const selector of FOCUS)
+      if (now[selector] && !last[selector]) target = selector;
+    if (last["#stop"] && !now["#stop"]) target = now["#download"] ? "#download" : "#remove";
+    const active = document.activeElement;
+    if (target !== null && (!active || active === document.body || active.disabled)) {
+      document.querySelector(target)?.focus({ preventScroll: true });
+      target = null;
+    }
+    // What is going on is seen without scrolling.
+    if (now["#status progress"] && !last["#status progress"]) document.querySelector("#actions")?.scrollIntoView();
+  };
+
+  const watch = (update) => {
+    const watching = new MutationObserver(update);
+    watching.observe(document.documentElement, { childList: true, subtree: true });
+  };
+  watch(setNames);
+  watch(follow);
+})();
+"""
+HEAD = "<script>" + SCRIPT.replace("NAMES", json.dumps(NAMES)).replace("FOCUS", json.dumps(FOCUS)) + "</script>"
+
+# Put before a click on the picture is sent: replaces the last input by whether Shift was held.
+ADD_SHIFT = "(...values) => [...values.slice(0, -1), window.moebiusShift === true]"
