@@ -1,7 +1,9 @@
 """The page in a real browser."""
 
+import io
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 from urllib.parse import urlparse
@@ -23,6 +25,8 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
 ]
 TIMEOUT = 90_000  # ms; the machine may be busy with other things
 
@@ -51,12 +55,22 @@ class Visitor:
 
     def upload(self, path):
         self.page.set_input_files("#photo input[type=file]", str(path))
+        self.wait_for_photo()
+
+    def wait_for_photo(self):
         self.page.wait_for_selector("#editor canvas")
+        sync_api.expect(self.status).to_contain_text("pixels")
         self.page.wait_for_timeout(1500)  # the canvas draws itself without saying when it has
+
+    @property
+    def status(self):
+        return self.page.locator("#status")
 
     def paint(self):
         """A stroke across the middle."""
-        box = self.page.locator("#editor canvas").first.bounding_box()
+        canvas = self.page.locator("#editor canvas").first
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         self.page.mouse.move(x - 30, y)
         self.page.mouse.down()
@@ -64,6 +78,37 @@ class Visitor:
         self.page.mouse.move(x + 30, y, steps=4)
         self.page.mouse.up()
         self.page.wait_for_timeout(500)
+
+    def mark(self, left, top, width, height, button="Mark the rectangle"):
+        """Marks by numbers, in percent."""
+        if not self.page.get_by_label("Left (%)").is_visible():
+            self.page.locator("#by-keyboard button").first.click()
+        for name, value in (("Left", left), ("Top", top), ("Width", width), ("Height", height)):
+            self.page.get_by_label(f"{name} (%)").fill(str(value))
+        self.press(button)
+
+    def press(self, name):
+        """Presses a button, and waits until the status says something about the mask."""
+        self.page.evaluate("document.querySelector('#status').textContent = ''")
+        self.page.get_by_role("button", name=name, exact=True).click()
+        sync_api.expect(self.status).to_contain_text("arked", timeout=TIMEOUT)
+
+    def go_to(self, tab):
+        self.page.get_by_role("tab", name=tab).click()
+        self.page.wait_for_timeout(1500)
+
+    def red_part(self):
+        """How much of the editor is red."""
+        picture = Image.open(io.BytesIO(self.page.locator("#editor").screenshot())).convert("RGB")
+        red, green, blue = np.moveaxis(np.asarray(picture).astype(int), 2, 0)
+        return ((red > green + 80) & (red > blue + 80)).mean()
+
+    def select(self, x, y, **options):
+        """Clicks to select, and says what the status says then."""
+        self.page.locator("#clicked img").first.click(position={"x": x, "y": y}, **options)
+        sync_api.expect(self.status).to_contain_text("Looking", timeout=TIMEOUT)
+        sync_api.expect(self.status).to_contain_text("arked", timeout=TIMEOUT)
+        return self.status.inner_text()
 
     def set_steps(self, steps):
         if not self.page.locator("#steps").is_visible():
@@ -229,34 +274,265 @@ def test_a_bad_file_gets_a_message_and_a_good_one_works(visit, photo, tmp_path):
 def test_click_to_select_then_mend_and_fill(visit, photo, tmp_path):
     visitor = visit()
     visitor.upload(photo)
-    visitor.page.get_by_role("tab", name="Click to select").click()
-    picture = visitor.page.locator("#clicked img").first
-    sync_api.expect(picture).to_be_visible(timeout=TIMEOUT)
-    picture.click(position={"x": 60, "y": 40})
-    sync_api.expect(visitor.page.locator("#status")).to_contain_text(re.compile("arked"), timeout=TIMEOUT)
-    visitor.page.get_by_role("tab", name="Paint").click()
-    visitor.page.wait_for_timeout(1500)
+    visitor.go_to("Click to select")
+    visitor.select(60, 40)
+    visitor.press("Unmark everything")
+    visitor.mark(10, 10, 20, 20)
+    visitor.go_to("Paint")
     visitor.paint()
     visitor.set_steps(3)
     visitor.run()
-    assert changed(photo, visitor.download(tmp_path)).any()
+    rows, columns = np.nonzero(changed(photo, visitor.download(tmp_path)))
+    # Both the rectangle from 30 to 90 and 20 to 60 px, and the stroke in the middle.
+    assert 30 <= columns.min() <= 34 and 20 <= rows.min() <= 24
+    assert 150 < columns.max() < 220 and 95 < rows.max() < 140
+
+
+def test_shift_click_and_toggle_take_away(visit, photo):
+    visitor = visit()
+    visitor.upload(photo)
+    visitor.go_to("Click to select")
+    assert "Marked" in visitor.select(60, 40)
+    assert "Nothing" in visitor.select(60, 40, modifiers=["Shift"])
+    assert "Marked" in visitor.select(60, 40)
+    visitor.page.get_by_label("Unmark it").check()
+    assert "Nothing" in visitor.select(60, 40)
+    # Without the page's script clicks still add.
+    visitor.page.get_by_label("Mark the object", exact=True).check()
+    visitor.page.evaluate("delete window.moebiusShift")
+    visitor.page.evaluate(
+        "document.addEventListener('click', () => delete window.moebiusShift, {capture: true})",
+    )
+    assert "Marked" in visitor.select(60, 40, modifiers=["Shift"])
+
+
+def test_what_is_marked_by_numbers_is_seen_in_the_editor(visit, photo, tmp_path):
+    visitor = visit()
+    grey = tmp_path / "grey.png"
+    Image.new("RGB", (300, 200), (90, 90, 90)).save(grey)
+    visitor.upload(grey)
+    nothing = visitor.red_part()
+    visitor.mark(0, 0, 40, 50)
+    visitor.page.wait_for_timeout(1000)
+    once = visitor.red_part()
+    visitor.mark(60, 50, 40, 50)
+    visitor.page.wait_for_timeout(1000)
+    twice = visitor.red_part()
+    assert once - nothing > 0.02
+    assert twice - nothing == pytest.approx(2 * (once - nothing), rel=0.1)
+    assert "40 %" in visitor.status.inner_text()
+    visitor.mark(60, 50, 40, 50, "Unmark the rectangle")
+    assert "20 %" in visitor.status.inner_text()
+    visitor.mark(10, 10, 20, 20, "Mark the object in its middle")
+    visitor.press("Unmark everything")
+    assert "Nothing is marked" in visitor.status.inner_text()
+    visitor.page.wait_for_timeout(1000)
+    assert visitor.red_part() == pytest.approx(nothing, abs=0.002)
+
+
+def test_zoom_and_eraser(visit, photo, tmp_path):
+    visitor = visit()
+    editor = visitor.page.locator("#editor")
+    visitor.upload(photo)
+    visitor.paint()
+    editor.get_by_role("button", name="Erase").click()
+    for _ in range(3):
+        visitor.paint()
+    visitor.page.click("#remove")
+    sync_api.expect(visitor.page.get_by_text("Nothing is marked yet").first).to_be_visible(timeout=TIMEOUT)
+    editor.get_by_role("button", name="Brush", exact=True).click()
+    before = editor.locator(".zoom-number").inner_text()
+    for _ in range(5):
+        editor.get_by_role("button", name="Zoom in").click()
+        visitor.page.wait_for_timeout(300)
+    assert int(editor.locator(".zoom-number").inner_text().strip("%\n ")) > 1.3 * int(before.strip("%\n "))
+    visitor.paint()
+    visitor.set_steps(3)
+    visitor.run()
+    rows, columns = np.nonzero(changed(photo, visitor.download(tmp_path)))
+    assert 60 < rows.min() <= 100 <= rows.max() < 140
+    assert columns.min() < 150 < columns.max()
+
+
+def test_by_keyboard_alone(visit, photo, tmp_path):
+    visitor = visit()
+    keyboard, page = visitor.page.keyboard, visitor.page
+
+    def go_to(name):
+        """Tabs on to what is called so, and sees that the focus is visible."""
+        for _ in range(60):
+            keyboard.press("Tab")
+            found = page.evaluate(
+                """name => {
+                    const e = document.activeElement;
+                    const text = e.getAttribute('aria-label') || e.innerText || e.labels?.[0]?.innerText || '';
+                    return text.trim().startsWith(name) && getComputedStyle(e).outlineStyle !== 'none';
+                }""",
+                name,
+            )
+            if found:
+                return
+        raise AssertionError(f"{name} is not reached")
+
+    go_to("Drop an image")
+    with page.expect_file_chooser() as chooser:
+        keyboard.press("Enter")
+    chooser.value.set_files(str(photo))
+    visitor.wait_for_photo()
+    go_to("Mark by keyboard")
+    keyboard.press("Enter")
+    for name, value in (("Left", "10"), ("Top", "20"), ("Width", "30"), ("Height", "40")):
+        go_to(name)
+        keyboard.press("Control+A")
+        keyboard.type(value)
+    go_to("Mark the rectangle")
+    keyboard.press("Space")
+    sync_api.expect(visitor.status).to_contain_text("Marked: 12 %", timeout=TIMEOUT)
+    go_to("Remove")
+    keyboard.press("Enter")
+    sync_api.expect(visitor.status).to_contain_text("Done", timeout=TIMEOUT)
+    # The button that had the focus went away; what is wanted next has it.
+    page.wait_for_function("document.activeElement.closest('#download')")
+    with page.expect_download() as download:
+        keyboard.press("Enter")
+    path = tmp_path / "result.png"
+    download.value.save_as(path)
+    rows, columns = np.nonzero(changed(photo, path))
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (30, 119, 40, 119)
 
 
 def test_every_control_has_a_name(visit, photo):
     visitor = visit()
-    unnamed = """() => [...document.querySelectorAll('button, input:not([type=file]), textarea, [role=slider]')]
-        .filter(e => e.offsetParent)
-        .filter(e => !(e.getAttribute('aria-label') || e.title || e.innerText?.trim()
-                       || e.labels?.[0]?.innerText.trim() || e.getAttribute('aria-labelledby')))
-        .map(e => e.outerHTML.slice(0, 200))"""
+    unnamed = re.compile(r"- (button|checkbox|radio|slider|spinbutton|textbox|combobox|tab|link|img)(?! \")(.*)")
+
+    def check():
+        snapshot = visitor.page.locator("main").aria_snapshot()
+        # Icons have no name; their buttons do.
+        found = [match.group(0) for match in unnamed.finditer(snapshot) if match.group(0) != "- img"]
+        assert found == []
+
     visitor.page.locator("#settings button").first.click()
     visitor.page.wait_for_timeout(500)
-    assert visitor.page.evaluate(unnamed) == []
+    check()
+    page = visitor.page
+    for name in ("Upload file", "Capture from camera", "Paste from clipboard"):
+        sync_api.expect(page.get_by_role("button", name=name)).to_be_visible()
+    visitor.upload(photo)
+    visitor.paint()
+    editor = page.get_by_role("group", name="Paint over what should go")
+    for name in ("Brush", "Erase", "Undo", "Redo", "Zoom in", "Zoom out", "Pan", "Brush Size"):
+        sync_api.expect(editor.get_by_role("button", name=name, exact=True)).to_be_visible()
+    sync_api.expect(editor.get_by_role("img", name="Your photo")).to_be_visible()
+    for name in ("Clear canvas", "Color"):  # which would lose the photo, and choose among one
+        sync_api.expect(editor.get_by_role("button", name=name)).to_have_count(0)
+    editor.get_by_role("button", name="Brush Size").click()
+    sync_api.expect(editor.get_by_role("slider", name="Brush size")).to_be_visible()
+    check()
+    editor.get_by_role("button", name="Brush Size").click()
+    visitor.go_to("Click to select")
+    check()
+    visitor.mark(10, 10, 20, 20)
+    visitor.set_steps(3)
+    visitor.run()
+    check()
+    for name in ("Before", "After"):
+        sync_api.expect(page.get_by_role("img", name=name, exact=True)).to_be_visible()
+    page.get_by_role("radio", name="After").check()
+    page.wait_for_function("document.querySelector('#slider img.fixed').style.clipPath.endsWith(' 0%)')")
+
+
+@pytest.mark.parametrize("how", ["keys", "button"])
+def test_a_picture_from_the_clipboard(visit, photo, tmp_path, how):
+    visitor = visit(permissions=["clipboard-read", "clipboard-write"])
+    visitor.page.evaluate(
+        """async (bytes) => {
+            const blob = new Blob([new Uint8Array(bytes)], {type: "image/png"});
+            await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+        }""",
+        list(photo.read_bytes()),
+    )
+    if how == "keys":
+        visitor.page.keyboard.press("Control+V")
+    else:
+        visitor.page.get_by_role("button", name="Paste from clipboard").click()
+    visitor.wait_for_photo()
+    assert "300×200" in visitor.status.inner_text()
+    visitor.paint()
+    visitor.set_steps(3)
+    visitor.run()
+    difference = changed(photo, visitor.download(tmp_path))
+    assert difference.any() and difference.mean() < 0.2
+
+
+def test_a_picture_from_the_camera(visit, tmp_path):
+    visitor = visit()
+    visitor.page.get_by_role("button", name="Capture from camera").click()
+    visitor.page.get_by_role("button", name="Click to Access Webcam").click()
+    visitor.page.wait_for_function("document.querySelector('#photo video')?.readyState === 4")
+    visitor.page.get_by_role("button", name="capture photo").click()
+    visitor.wait_for_photo()
+    visitor.paint()
+    visitor.set_steps(3)
+    visitor.run()
+    width, height = Image.open(visitor.download(tmp_path)).size
+    assert f"{width}×{height}" and width >= 640
+
+
+def test_another_photo_may_be_the_same_one(visit, photo):
+    visitor = visit()
+    for _ in range(3):
+        visitor.upload(photo)
+        picture = np.asarray(Image.open(io.BytesIO(visitor.page.locator("#editor").screenshot())).convert("RGB"))
+        assert picture[100:-100, 100:-100].std() > 20
+        visitor.page.get_by_role("button", name="Another photo").click()
+        visitor.page.wait_for_selector("#photo input[type=file]", state="attached")
+
+
+def test_empty_settings_are_the_models_own(visit, photo):
+    visitor = visit()
+    visitor.upload(photo)
+    visitor.paint()
+    visitor.set_steps("")
+    visitor.page.get_by_label("Guidance").fill("no number")
+    visitor.page.click("#remove")
+    sync_api.expect(visitor.page.get_by_text("guidance must be a number").first).to_be_visible(timeout=TIMEOUT)
+    visitor.page.get_by_label("Guidance").fill("")
+    visitor.run()
+    used = visitor.page.locator("#used textarea").input_value()
+    assert "--steps 20" in used and "--guidance" not in used
+
+
+def test_reload_during_a_run(visit, photo, monkeypatch):
+    from diffusers_moebius.demo import inpainting
+
+    show = inpainting.Preview.__call__
+
+    def show_slowly(*args, **kwargs):
+        time.sleep(0.3)
+        return show(*args, **kwargs)
+
+    def running():
+        return [thread for thread in threading.enumerate() if "(work)" in thread.name]
+
+    monkeypatch.setattr(inpainting.Preview, "__call__", show_slowly)
+    visitor = visit()
+    visitor.upload(photo)
+    visitor.paint()
+    visitor.set_steps(100)
+    visitor.page.click("#remove")
+    sync_api.expect(visitor.page.locator("#status progress")).to_be_visible(timeout=TIMEOUT)
+    assert running()
+    start = time.monotonic()
+    visitor.page.reload()
+    visitor.page.wait_for_selector("#photo input[type=file]", state="attached")
+    while running() and time.monotonic() - start < 20:
+        time.sleep(0.1)
+    assert not running()  # long before its 30 seconds were over
+    monkeypatch.undo()
     visitor.upload(photo)
     visitor.paint()
     visitor.set_steps(3)
     visitor.run()
-    assert visitor.page.evaluate(unnamed) == []
 
 
 def test_an_example_brings_its_mask(visit):

@@ -13,17 +13,14 @@ CSS = """
 #editor button[aria-label="Color"], #editor button[aria-label="Clear canvas"] { display: none; }
 @media (max-width: 480px) {
   .gradio-container { padding: 0.5rem !important; }
-  .gradio-container main { padding: 0.5rem !important; }
   #actions button { flex: 1 1 100%; }
   #editor { height: 400px !important; }
   /* The toolbar needs the place, and the tab above says it as well. */
   #editor > [data-testid=block-label] { display: none; }
-  /* One below the other, so that labels have the width; the brushes below the photo, not on it. */
-  .gradio-container .form { flex-direction: column; }
-  #by-keyboard .form { flex-direction: row; }
-  #editor .toolbar-wrap { top: auto; bottom: 0.25rem; left: 50%; transform: translateX(-50%); flex-direction: row; }
-  #editor .half-container { flex-direction: row; }
-  footer { display: none !important; }
+  /* One below the other, so that labels have the width. */
+  .form { flex-direction: column !important; }
+  #by-keyboard .form { flex-direction: row !important; }
+}
 }
 """
 # Fits a laptop's screen together with the buttons below.
@@ -42,6 +39,8 @@ NAMES = [
     ],
     ["#editor .pixi-target-crop", {"aria-hidden": "true"}],
     ["#editor .zoom-number [role=button]", {"aria-description": "Zoom; press for a list"}],
+    ["#editor input[type=range]", {"aria-label": "Brush size"}],
+    ["#used textarea", {"aria-label": "Command for the same picture again"}],
     ["#slider img:not(.fixed)", {"alt": "Before"}],
     ["#slider img.fixed", {"alt": "After"}],
 ]
@@ -104,7 +103,11 @@ SCRIPT = """
   watch(follow);
 })();
 """
-HEAD = "<script>" + SCRIPT.replace("NAMES", json.dumps(NAMES)).replace("FOCUS", json.dumps(FOCUS)) + "</script>"
+# Gradio's rules for `css` do not reach its footer, of which a phone shows a dot.
+FOOTER = "<style>@media (max-width: 480px) { footer { display: none !important; } }</style>"
+HEAD = (
+    FOOTER + "<script>" + SCRIPT.replace("NAMES", json.dumps(NAMES)).replace("FOCUS", json.dumps(FOCUS)) + "</script>"
+)
 
 # Put before a click on the picture is sent: replaces the last input by whether Shift was held.
 ADD_SHIFT = "(...values) => [...values.slice(0, -1), window.moebiusShift === true]"

@@ -158,9 +158,9 @@ def _seconds(value: float) -> str:
     return f"{max(1, round(value))} s" if value < 90 else f"{round(value / 60)} min"
 
 
-def parse_number(name: str, text: str) -> float | None:
+def parse_number(name: str, text: str | None) -> float | None:
     """A number that a visitor has typed; `None` for none."""
-    if not text.strip():
+    if not (text or "").strip():
         return None
     try:
         return float(text.strip().replace(",", "."))
