@@ -88,10 +88,16 @@ class Visitor:
         self.press(button)
 
     def press(self, name):
-        """Presses a button, and waits until the status says something about the mask."""
-        self.page.evaluate("document.querySelector('#status').textContent = ''")
-        self.page.get_by_role("button", name=name, exact=True).click()
-        sync_api.expect(self.status).to_contain_text("arked", timeout=TIMEOUT)
+        """Presses a button, and says what the status says of the mask then."""
+        return self.told(lambda: self.page.get_by_role("button", name=name, exact=True).click())
+
+    def told(self, act):
+        """Does something that changes the status, and says what it says of the mask then."""
+        self.page.evaluate("document.querySelector('#status [role=status]').dataset.old = true")
+        act()
+        new = self.page.locator("#status [role=status]:not([data-old])", has_text="arked")
+        sync_api.expect(new).to_be_visible(timeout=TIMEOUT)
+        return new.inner_text()
 
     def go_to(self, tab):
         self.page.get_by_role("tab", name=tab).click()
@@ -105,10 +111,8 @@ class Visitor:
 
     def select(self, x, y, **options):
         """Clicks to select, and says what the status says then."""
-        self.page.locator("#clicked img").first.click(position={"x": x, "y": y}, **options)
-        sync_api.expect(self.status).to_contain_text("Looking", timeout=TIMEOUT)
-        sync_api.expect(self.status).to_contain_text("arked", timeout=TIMEOUT)
-        return self.status.inner_text()
+        picture = self.page.locator("#clicked img").first
+        return self.told(lambda: picture.click(position={"x": x, "y": y}, **options))
 
     def set_steps(self, steps):
         if not self.page.locator("#steps").is_visible():
