@@ -11,7 +11,7 @@ from PIL import Image
 from diffusers_moebius.demo import inpainting
 from diffusers_moebius.demo.examples import EXAMPLES
 from diffusers_moebius.demo.inpainting import Settings, Step, clean_latents, generate
-from diffusers_moebius.demo.interface import Demo, Session, _friendly
+from diffusers_moebius.demo.interface import Demo, Session, _friendly, parse_number
 from diffusers_moebius.demo.models import NANO, OWN, ModelShelf, parse_repository
 from diffusers_moebius.demo.photos import VIEW_SIDE, VisitorError, open_photo
 from diffusers_moebius.demo.selection import ObjectSelector, SelectionUnavailable
@@ -136,6 +136,7 @@ def test_nothing_of_a_session_is_left(photo, demo, hole):
     [
         ({"steps": 0}, "steps"),
         ({"steps": 10**6}, "steps"),
+        ({"steps": 2.5}, "whole number"),
         ({"guidance": -1}, "guidance"),
         ({"seed": -1}, "seed"),
         ({"seed": None}, "seed"),
@@ -249,6 +250,38 @@ def test_brush_and_clicks_share_one_mask(demo, session):
     assert demo.current_mask(session, editor).sum() == 100
     assert session.mask.sum() == 100
     assert demo.current_mask(session, None).sum() == 100
+
+
+def test_out_of_sight_the_editor_does_not_count(demo, session):
+    editor = {"background": np.zeros((200, 300, 4), np.uint8), "layers": [], "composite": None}
+    session.mask[:, :5] = True
+    session.in_editor = False
+    assert demo.current_mask(session, editor).sum() == 1000
+    session.in_editor = True
+    assert not demo.current_mask(session, editor).any()
+
+
+def test_rectangles_in_percent(demo, session):
+    assert demo.box(session, (10, 20, 30, 40)) == (30, 40, 120, 120)
+    assert demo.box(session, (90, 90, 50, 50)) == (270, 180, 300, 200)
+    for rectangle, message in (
+        ((10, 20, 0, 40), "nothing in this"),
+        ((100, 20, 30, 40), "nothing in this"),
+        ((-1, 20, 30, 40), "left"),
+        ((1, 20, 30, None), "height"),
+    ):
+        with pytest.raises(VisitorError, match=message):
+            demo.box(session, rectangle)
+
+
+@pytest.mark.parametrize(("text", "value"), [("", None), (None, None), (" 2,5 ", 2.5), ("20", 20)])
+def test_numbers_that_visitors_type(text, value):
+    assert parse_number("steps", text) == value
+
+
+def test_what_is_no_number_is_named():
+    with pytest.raises(VisitorError, match="steps must be a number, but is 'many'"):
+        parse_number("steps", "many")
 
 
 def test_a_selector_that_does_not_load_says_so_at_once_the_second_time(tmp_path, session, monkeypatch):
