@@ -4,19 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numbers_of_models import randomize_statistics, relative_error
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_moebius.models.unet_2d_moebius import (
-    FastLocalLambdaProcessor,
-    InteractiveLambda,
-    LocalLambda,
-    LocalLambdaProcessor,
-    MoebiusUNet2DModel,
-    MoebiusUpsample2D,
-    SmallGridUpsample2D,
-)
+from diffusers_moebius.models.lambda_layers import LocalLambdaProcessor
+from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 
 TINY = {
     "sample_size": 16,
@@ -28,25 +22,11 @@ TINY = {
 }
 
 
-def relative_error(actual, expected):
-    return ((actual.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
-
-
 def random_inputs(height=16, width=16, batch=2, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randn(batch, 9, height, width, generator=generator, dtype=torch.float32).to(dtype)
     context = torch.randn(batch, 10, 24, generator=generator, dtype=torch.float32).to(dtype)
     return sample, torch.tensor(321), context
-
-
-def randomize_statistics(model):
-    """Gives BatchNorm something to do: a new layer in eval mode is the identity."""
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.1)
-            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -146,19 +126,6 @@ def test_fast_and_reference_processors_agree_at_every_size(height, width, batch)
     assert relative_error(fast, reference) < 1e-5
 
 
-@pytest.mark.parametrize(("tile_width", "max_elements"), [(1, 1), (3, 1000), (16, 2**24), (64, 10)])
-@pytest.mark.parametrize("window", [1, 7, 15])
-def test_local_lambda_does_not_depend_on_tiling(tile_width, max_elements, window):
-    torch.manual_seed(0)
-    layer = randomize_statistics(LocalLambda(24, 3, window).eval())
-    hidden_states = torch.randn(2, 24, 11, 37)
-    with torch.no_grad():
-        layer.set_processor(LocalLambdaProcessor())
-        reference = layer(hidden_states)
-        layer.set_processor(FastLocalLambdaProcessor(tile_width, max_elements))
-        assert relative_error(layer(hidden_states), reference) < 1e-5
-
-
 def test_gradients_of_fast_and_reference_processors_agree():
     torch.manual_seed(0)
     model = MoebiusUNet2DModel(**TINY)
@@ -180,15 +147,6 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_unet):
         together = tiny_unet(sample, timestep, context).sample
         alone = tiny_unet(sample[1:2], timestep, context[1:2]).sample
     assert relative_error(together[1:2], alone) < 1e-5
-
-
-def test_position_embeddings_are_exact_at_the_native_size_and_resampled_elsewhere():
-    layer = InteractiveLambda(16, 4, 16, 10, grid_size=8)
-    native = layer.position_embedding(8, 8)
-    assert torch.equal(native, layer.rel_pos_emb.squeeze(-1))
-    layer.rel_pos_emb.data.copy_(torch.arange(8.0).repeat(8)[:, None, None, None])  # the column's number
-    wide = layer.position_embedding(8, 16)[:, 0, 0].view(8, 16)
-    assert torch.allclose(wide[0, 1:-1], torch.arange(0.25, 7, 0.5)) and torch.equal(wide[0], wide[7])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -344,15 +302,6 @@ def test_wrong_shapes_are_named(tiny_unet, sample, context, name):
 def test_unknown_lambda_algorithm_is_named(tiny_unet):
     with pytest.raises(ValueError, match="`algorithm`"):
         tiny_unet.set_lambda_algorithm("quick")
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5, 8), (16, 3)])
-def test_upsampling_on_the_small_grid_is_exact(size):
-    torch.manual_seed(0)
-    layer = MoebiusUpsample2D(6)
-    hidden_states = torch.randn(2, 6, *size)
-    with torch.no_grad():
-        assert relative_error(SmallGridUpsample2D(layer.conv)(hidden_states), layer(hidden_states)) < 1e-5
 
 
 def test_fused_model_has_the_same_function_and_no_batch_norm(tiny_unet):

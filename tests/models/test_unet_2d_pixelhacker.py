@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from numbers_of_models import relative_error
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,10 +24,6 @@ TINY = {
     "encoder_hid_dim": 24,
     "norm_num_groups": 8,
 }
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
 def set_attention(model, processor):

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData, create_repo
 
 from ..loaders.model_card import PAPER, hub_repository
-from ..models.unet_2d_moebius import adapter_layers
+from ..models.adapter_layers import adapter_layers
 from .checkpoints import list_checkpoints
 from .loop import TrainingLoop
 
