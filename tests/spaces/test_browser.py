@@ -407,7 +407,7 @@ def test_by_keyboard_alone(visit, photo, tmp_path):
 
 def test_every_control_has_a_name(visit, photo):
     visitor = visit()
-    unnamed = re.compile(r"- (button|checkbox|radio|slider|spinbutton|textbox|combobox|tab|link|img)(?! \")(.*)")
+    unnamed = re.compile(r"- (button|checkbox|radio|slider|spinbutton|textbox|combobox|tab|link|img)\b(?! \")(.*)")
 
     def check():
         snapshot = visitor.page.locator("main").aria_snapshot()

@@ -27,7 +27,7 @@ def GPU(duration):
 """
 # Runs app.py; where it would serve, it runs the model with two numbers of steps and stops a third run.
 SCRIPT = """
-import json, pathlib, runpy, sys, tempfile
+import json, pathlib, runpy, sys, tempfile, threading
 
 import spaces
 import numpy as np
@@ -68,6 +68,9 @@ MoebiusInpaintPipeline.from_pretrained = classmethod(from_pretrained)
 MoebiusInpaintPipeline.to = to
 gradio.Blocks.launch = launch
 runpy.run_path(sys.argv[1], run_name="__main__")
+for thread in threading.enumerate():  # the stopped run may be in its last step, which an exit would break off
+    if "(work)" in thread.name:
+        thread.join()
 print(json.dumps(spaces.events))
 """
 
