@@ -475,11 +475,12 @@ def test_a_picture_from_the_camera(visit, tmp_path):
     visitor.page.wait_for_function("document.querySelector('#photo video')?.readyState === 4")
     visitor.page.get_by_role("button", name="capture photo").click()
     visitor.wait_for_photo()
+    told = visitor.status.inner_text()
     visitor.paint()
     visitor.set_steps(3)
     visitor.run()
     width, height = Image.open(visitor.download(tmp_path)).size
-    assert f"{width}×{height}" and width >= 640
+    assert f"{width}×{height} pixels" in told and width >= 640
 
 
 def test_another_photo_may_be_the_same_one(visit, photo):
