@@ -11,12 +11,17 @@ Fine-tuning a pipeline, with latents encoded in every step:
     accelerate launch training/train_inpainting.py --pretrained_model_name_or_path hustvl/Moebius \\
         --train_shards_path_or_url "shards/photos-*.tar" --resolution 512 --output_dir runs/tuned
 
+A model that is to run in one step comes out blurred, since squared errors ask for the mean of what is plausible.
+`--lpips_weight` and `--l1_weight` also compare the pictures that its predictions decode to with the photos.
+
 An interrupted run (Ctrl-C, SIGTERM, a crash) goes on with `--resume_from_checkpoint latest`.
 """
 
 import argparse
 import logging
 
+import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
 from diffusers_moebius.training.arguments import (
@@ -30,6 +35,7 @@ from diffusers_moebius.training.arguments import (
     training_parser,
 )
 from diffusers_moebius.training.components import (
+    DecodingDenoiser,
     build_dataset,
     build_lr_scheduler,
     build_optimizer,
@@ -41,6 +47,7 @@ from diffusers_moebius.training.components import (
 )
 from diffusers_moebius.training.loop import TrainingLoop
 from diffusers_moebius.training.objective import noise_batch
+from diffusers_moebius.training.perceptual import LPIPS
 from diffusers_moebius.training.results import add_to_card, push_results, training_section
 from diffusers_moebius.training.validation import Validation
 
@@ -51,6 +58,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__.split("\n\n")[0])
     add_model_arguments(parser)
     parser.add_argument("--unet_config", help="JSON file with the arguments of the U-Net, to start from scratch")
+    add = parser.add_argument_group("pictures, of the decoded prediction; not with --cache_latents").add_argument
+    add("--lpips_weight", type=float, default=0.0, help="weight of its LPIPS to the photo")
+    add("--lpips_weights", help="safetensors file with the LPIPS network; default: that of the `lpips` package")
+    add("--l1_weight", type=float, default=0.0, help="weight of its absolute error, in [-1, 1]")
+    add("--train_decoder", action="store_true", help="train the decoder of the autoencoder too, by these two")
     add_data_arguments(parser)
     add_objective_arguments(parser)
     add_optimization_arguments(parser)
@@ -62,7 +74,22 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of `--pretrained_model_name_or_path` and `--unet_config`")
     if args.unet_config is not None and args.vae is None:
         parser.error("`--unet_config` starts from scratch and needs `--vae`")
+    if args.train_decoder and not (args.lpips_weight or args.l1_weight):
+        parser.error("`--train_decoder` needs `--lpips_weight` or `--l1_weight`")
+    if (args.lpips_weight or args.l1_weight) and args.cache_latents is not None:
+        parser.error("`--lpips_weight` and `--l1_weight` compare with photos, which `--cache_latents` does not keep")
     return args
+
+
+def picture_errors(
+    pictures: torch.Tensor, photos: torch.Tensor, weight: torch.Tensor, lpips: LPIPS | None
+) -> dict[str, torch.Tensor]:
+    """Absolute error and LPIPS of decoded pictures `[B, 3, H, W]`, with the weights `[B, 1, h, w]` of the latents."""
+    full = F.interpolate(weight, pictures.shape[2:], mode="nearest")
+    errors = {"l1": (full * (pictures - photos).abs()).mean()}
+    if lpips is not None:
+        errors["lpips"] = lpips(pictures, photos, full).mean()
+    return errors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,6 +106,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.cache_only:
         return
     noise_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
+    compares_pictures = bool(args.lpips_weight or args.l1_weight)
+    lpips = LPIPS.from_pretrained(args.lpips_weights).to(device) if args.lpips_weight else None
+    if compares_pictures:
+        pipeline.vae.decoder.requires_grad_(args.train_decoder)
+        model = DecodingDenoiser(model, pipeline.vae, noise_schedule)
     num_embeddings = model.lcg_embedder.config.num_embeddings
     validation = Validation(args, pipeline.vae) if args.validation_data and loop.is_main else None
     logger.info(
@@ -87,6 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     # optimiser
     modules = {"unet": model.unet, "lcg_embedder": model.lcg_embedder}
+    if args.train_decoder:
+        modules["decoder"] = pipeline.vae.decoder
     optimizer = build_optimizer(args, modules, device, loop.accelerator.num_processes)
     lr_scheduler = build_lr_scheduler(args, optimizer)
 
@@ -94,6 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
         bare.unet.save_pretrained(folder / "unet")
         bare.lcg_embedder.save_pretrained(folder / "lcg_embedder")
         pipeline.scheduler.save_pretrained(folder / "scheduler")
+        if args.train_decoder:
+            pipeline.vae.save_pretrained(folder / "vae")
 
     model = loop.prepare(model, optimizer, lr_scheduler, save_parts)
 
@@ -101,13 +137,18 @@ def main(arguments: list[str] | None = None) -> None:
         batch = with_latents(batch, pipeline.vae, generators)
         return noise_batch(args, noise_schedule, batch, generators, num_embeddings, loop.reduce)
 
+    weights = {"l1": args.l1_weight, "lpips": args.lpips_weight}
     scores = {}
     for batch, generators in loop.batches(dataset):
         with loop.accumulate():
             noised = noise(batch, generators)
-            prediction = model(noised.model_input, noised.timesteps, noised.category_ids).sample
-            loss = noised.loss(prediction)
-            loop.optimize(loss, {"loss": loss.detach(), "hole_error": noised.hole_error(prediction)})
+            output = model(noised.model_input, noised.timesteps, noised.category_ids)
+            loss = noised.loss(output.sample)
+            logged = {"loss": loss.detach(), "hole_error": noised.hole_error(output.sample)}
+            if compares_pictures:
+                logged |= (errors := picture_errors(output.pictures, batch["pixel_values"], noised.weight, lpips))
+                loss = loss + sum(weights[name] * error for name, error in errors.items())
+            loop.optimize(loss, {name: value.detach() for name, value in logged.items()})
         if validation is not None and loop.is_due(args.validation_steps):
             with loop.validation() as bare:
                 scores = validation.loss(bare, noise_schedule)

@@ -41,6 +41,17 @@ def test_distance_map_is_high_where_the_pictures_differ(pictures):
     assert distances[..., :20, :20].mean() > 3 * distances[..., 40:, 50:].mean()
 
 
+def test_lpips_counts_places_by_their_weight(pictures):
+    a, b = pictures
+    lpips = LPIPS(make_weights("alex"))
+    torch.testing.assert_close(lpips(a, b, torch.ones_like(a[:, :1])), lpips(a, b))
+    half = torch.zeros_like(a[:, :1])
+    half[..., : half.shape[3] // 2] = 2
+    torch.testing.assert_close(lpips(a, b, half) + lpips(a, b, 2 - half), 2 * lpips(a, b))
+    c = torch.where(half > 0, a, b)  # like `a` on the left
+    assert (lpips(a, c, half) < 0.7 * lpips(a, c, 2 - half)).all()
+
+
 def test_lpips_can_be_trained_through(pictures):
     a = pictures[0].clone().requires_grad_()
     lpips = LPIPS(make_weights("alex"))

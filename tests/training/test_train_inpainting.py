@@ -28,6 +28,27 @@ def test_resumed_run_ends_with_the_same_parameters(script, command, tmp_path, op
     assert not torch.equal(start["conv_in.conv_pw.weight"], end["conv_in.conv_pw.weight"])
 
 
+def test_pictures_train_the_decoder_too(script, command, tmp_path, vae_dir, lpips_file):
+    command = [*command, f"--lpips_weights={lpips_file}", "--lpips_weight=2", "--l1_weight=0.5", "--max_train_steps=6"]
+    whole, resumed, frozen = (tmp_path / name for name in ("whole", "resumed", "frozen"))
+    script.main([*command, f"--output_dir={whole}", "--train_decoder", "--checkpointing_steps=3"])
+    resumed.mkdir()
+    (whole / "checkpoint-3").rename(resumed / "checkpoint-3")
+    script.main([*command, f"--output_dir={resumed}", "--train_decoder", "--resume_from_checkpoint=latest"])
+    script.main([*command, f"--output_dir={frozen}"])
+    assert_equal_weights(whole, resumed)
+    before = AutoencoderTiny.from_pretrained(vae_dir).state_dict()
+    after, again, kept = (
+        AutoencoderTiny.from_pretrained(folder, subfolder="vae").state_dict() for folder in (whole, resumed, frozen)
+    )
+    assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"decoder"}
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], again[name], rtol=0, atol=0)
+        torch.testing.assert_close(kept[name], value, rtol=0, atol=0)
+    rows = read_log(whole)
+    assert all(float(row[name]) > 0 for row in rows for name in ("loss", "hole_error", "l1", "lpips"))
+
+
 def test_accumulated_gradients_and_other_objective(script, command, tmp_path):
     out = tmp_path / "out"
     options = ["--gradient_accumulation_steps=2", "--snr_gamma=5", "--hole_loss_weight=4", "--timestep_bias=2"]
@@ -90,6 +111,8 @@ def test_frozen_batch_norm_keeps_its_statistics_through_a_run(script, command, t
         ("--prediction_type", [], "--rescale_betas_zero_snr"),
         (None, ["--mask_presets=huge"], "--mask_presets"),
         (None, ["--train_timesteps", "1000"], "--train_timesteps"),
+        (None, ["--train_decoder"], "--train_decoder"),
+        (None, ["--l1_weight=1", "--cache_latents=cache"], "--cache_latents"),
         (None, ["--resume_from_checkpoint=nowhere"], "`resume_from_checkpoint`"),
     ],
 )

@@ -16,6 +16,7 @@ from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 from ..pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 from .data import open_training_data
+from .distillation import predicted_clean_latents
 from .latents import LatentCacheDataset, build_latent_cache, encode_latents
 from .optimizers import Muon, muon_parameter_groups
 
@@ -39,6 +40,35 @@ class ConditionedDenoiser(nn.Module):
     def forward(self, sample: torch.Tensor, timesteps: torch.Tensor, category_ids: torch.Tensor, **kwargs):
         """Returns the U-Net's output for category ids `[B, tokens]`; `kwargs` are its own."""
         return self.unet(sample, timesteps, self.lcg_embedder(category_ids), **kwargs)
+
+
+class DecodingDenoiser(ConditionedDenoiser):
+    """
+    A [`ConditionedDenoiser`] that decodes what it predicts, so that a loss can compare pictures.
+
+    Args:
+        denoiser ([`ConditionedDenoiser`]): U-Net and embedder.
+        vae (`AutoencoderKL` or `AutoencoderTiny`): Its decoder.
+        noise_schedule (`DDIMScheduler`): The noise schedule.
+    """
+
+    def __init__(self, denoiser: ConditionedDenoiser, vae: nn.Module, noise_schedule: DDIMScheduler):
+        super().__init__(denoiser.unet, denoiser.lcg_embedder)
+        self.vae, self.noise_schedule = vae, noise_schedule
+
+    def forward(self, sample: torch.Tensor, timesteps: torch.Tensor, category_ids: torch.Tensor, **kwargs):
+        """Returns the U-Net's output with `pictures` `[B, 3, H, W]`, the decoded clean latents that it implies."""
+        output = super().forward(sample, timesteps, category_ids, **kwargs)
+        prediction = output.sample.float()
+        clean = predicted_clean_latents(
+            prediction,
+            sample[:, : prediction.shape[1]],
+            timesteps,
+            self.noise_schedule.alphas_cumprod,
+            self.noise_schedule.config.prediction_type,
+        )
+        output["pictures"] = self.vae.decode(clean / self.vae.config.scaling_factor).sample
+        return output
 
 
 def load_unet_config(path: str | Path) -> nn.Module:

@@ -131,18 +131,23 @@ class LPIPS(nn.Module):
         pairs = zip(self.features(input), self.features(target), heads)
         return [((a - b).square() * head).sum(1) for a, b, head in pairs]
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """
         Measures how different pictures look.
 
         Args:
             input (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
             target (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
+            weight (`torch.Tensor` of shape `[B, 1, H, W]`, *optional*): What each place counts, 1 on average; brought
+                to the size of each layer.
 
         Returns:
             `torch.Tensor` of shape `[B]`: For each layer the mean over all positions, summed; 0 for equal pictures.
         """
-        return sum(distance.mean((1, 2)) for distance in self.distances(input, target))
+        distances = self.distances(input, target)
+        if weight is not None:
+            distances = [d * F.interpolate(weight, d.shape[1:], mode="area")[:, 0] for d in distances]
+        return sum(distance.mean((1, 2)) for distance in distances)
 
 
 def distance_map(distances: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
