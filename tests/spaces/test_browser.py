@@ -43,8 +43,9 @@ class Visitor:
     """A visitor with a browser of their own."""
 
     def __init__(self, browser, url, **options):
+        # A small window, since a browser without a GPU takes long to draw a large canvas.
         self.context = browser.new_context(
-            **{"viewport": {"width": 1200, "height": 1000}, "accept_downloads": True, **options}
+            **{"viewport": {"width": 700, "height": 560}, "accept_downloads": True, **options}
         )
         self.page = self.context.new_page()
         self.page.set_default_timeout(TIMEOUT)
