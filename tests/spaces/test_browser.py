@@ -443,7 +443,7 @@ def test_every_control_has_a_name(visit, photo):
     for name in ("Before", "After"):
         sync_api.expect(page.get_by_role("img", name=name, exact=True)).to_be_visible()
     page.get_by_role("radio", name="After").check()
-    page.wait_for_function("document.querySelector('#slider img.fixed').style.clipPath.endsWith(' 0%)')")
+    page.wait_for_function("!document.querySelector('#slider img.fixed').style.clipPath.includes('50%')")
 
 
 @pytest.mark.parametrize("how", ["keys", "button"])
