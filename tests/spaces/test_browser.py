@@ -386,6 +386,7 @@ def test_by_keyboard_alone(visit, photo, tmp_path):
     visitor.wait_for_photo()
     go_to("Mark by keyboard")
     keyboard.press("Enter")
+    sync_api.expect(page.get_by_label("Left (%)")).to_be_visible()
     for name, value in (("Left", "10"), ("Top", "20"), ("Width", "30"), ("Height", "40")):
         go_to(name)
         keyboard.press("Control+A")

@@ -78,11 +78,7 @@ class SmallGridUpsample2D(nn.Module):
         # What multiplies x[i] - x[i - 1], x[i] and x[i + 1] - x[i].
         terms = torch.tensor([[-1.0, 0, 0], [1, 1, 1], [0, 0, 1]], device=conv.weight.device)
         weights = torch.einsum("ur,vc,oirc->uvoi", terms, terms, conv.weight.detach().float()).to(conv.weight)
-        sides = weights[::2]
-        self.center = nn.Parameter(weights[1, 1].contiguous(), requires_grad=False)
-        self.horizontal = nn.Parameter(weights[1, ::2].flatten(0, 1), requires_grad=False)
-        self.vertical = nn.Parameter(sides[:, 1].flatten(0, 1), requires_grad=False)
-        self.diagonal = nn.Parameter(sides[:, ::2].flatten(0, 2), requires_grad=False)
+        self.weight = nn.Parameter(weights, requires_grad=False)
         self.bias = conv.bias
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -90,14 +86,15 @@ class SmallGridUpsample2D(nn.Module):
         batch, height, width, _ = tokens.shape
         columns, rows = F.pad(tokens, (0, 0, 1, 1)).diff(dim=2), F.pad(tokens, (0, 0, 0, 0, 1, 1)).diff(dim=1)
         corners = F.pad(columns, (0, 0, 0, 0, 1, 1)).diff(dim=1)
-        center = F.linear(tokens, self.center, self.bias)
-        horizontal = F.linear(columns, self.horizontal).unflatten(3, (2, -1))  # [B, H, W + 1, 2, out]
-        vertical = F.linear(rows, self.vertical).unflatten(3, (2, -1))  # [B, H + 1, W, 2, out]
-        diagonal = F.linear(corners, self.diagonal).unflatten(3, (2, 2, -1))  # [B, H + 1, W + 1, 2, 2, out]
-        output = center.new_empty(batch, height, 2, width, 2, center.shape[-1])
+        center = F.linear(tokens, self.weight[1, 1], self.bias)
+        across = []
         for x in (0, 1):
-            across = center + horizontal[:, :, x : x + width, x]
-            for y in (0, 1):
-                part = vertical[:, y : y + height, :, y] + diagonal[:, y : y + height, x : x + width, y, x]
-                output[:, :, y, :, x] = part.add_(across)
+            horizontal = F.linear(columns, self.weight[1, 2 * x])  # [B, H, W + 1, out]
+            across.append(center + horizontal[:, :, x : x + width])
+        output = center.new_empty(batch, height, 2, width, 2, center.shape[-1])
+        for y in (0, 1):
+            vertical = F.linear(rows, self.weight[2 * y, 1])[:, y : y + height]
+            for x in (0, 1):
+                diagonal = F.linear(corners, self.weight[2 * y, 2 * x])[:, y : y + height, x : x + width]
+                output[:, :, y, :, x] = (vertical + diagonal).add_(across[x])
         return output.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
