@@ -60,9 +60,9 @@ def test_multiply_adds_of_the_full_model(latency):
     counts = {name: latency.count_multiply_adds(name, {}, 512, 512) / 1e9 for name in ("reference", "fast", "folded")}
     assert round(counts["reference"]) == 158  # as measured on the original release
     assert counts["folded"] < counts["fast"] < counts["reference"]
-    # Two 3x3 convolutions after an enlargement, 1280 channels to 32x32 and 640 to 64x64, lose 20 of 36 products.
-    saved = 9 * (32**2 * 1280**2 + 64**2 * 640**2) * 20 / 36 / 1e9
-    assert counts["fast"] - counts["folded"] == pytest.approx(saved, rel=0.15)
+    # Two 3x3 convolutions after an enlargement, 1280 channels to 32x32 and 640 to 64x64, keep 9 of 36 products.
+    saved = 9 * (32**2 * 1280**2 + 64**2 * 640**2) * 27 / 36 / 1e9
+    assert counts["fast"] - counts["folded"] == pytest.approx(saved, rel=0.05)
 
 
 def test_memory_of_a_step_is_seen(latency, monkeypatch):

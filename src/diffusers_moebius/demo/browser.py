@@ -4,7 +4,8 @@ import json
 
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
-.gradio-container :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: -2px; }
+/* Thrice, to outdo the components' own rules, some of which take the outline away. */
+.gradio-container.gradio-container.gradio-container :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: -2px; }
 #status { min-height: 1.6rem; }
 #status progress { display: block; width: 100%; height: 0.6rem; margin-top: 4px; accent-color: var(--color-accent); }
 #actions button { min-height: 2.75rem; }
@@ -20,7 +21,6 @@ CSS = """
   /* One below the other, so that labels have the width. */
   .form { flex-direction: column !important; }
   #by-keyboard .form { flex-direction: row !important; }
-}
 }
 """
 # Fits a laptop's screen together with the buttons below.
@@ -76,6 +76,8 @@ SCRIPT = """
   // Buttons come and go with what is possible; whoever uses the keyboard must not be sent back to the top each time.
   let before = null;
   let target = null;
+  let since = 0;
+  let given = null;
   const follow = () => {
     const now = Object.fromEntries(
       [...FOCUS, "#status progress"].map((selector) => [selector, document.querySelector(selector) !== null]),
@@ -83,12 +85,18 @@ SCRIPT = """
     const last = before;
     before = now;
     if (last === null) return;
+    const old = target;
     for (const selector of FOCUS)
       if (now[selector] && !last[selector]) target = selector;
     if (last["#stop"] && !now["#stop"]) target = now["#download"] ? "#download" : "#remove";
+    if (target !== old) since = performance.now();
     const active = document.activeElement;
-    if (target !== null && (!active || active === document.body || active.disabled)) {
-      document.querySelector(target)?.focus({ preventScroll: true });
+    // One update of the page comes in parts: what was given the focus a part ago passes it on. Nobody is moved late.
+    if (target !== null && (!active || active === document.body || active.disabled || active === given)) {
+      given = document.querySelector(target);
+      given?.focus({ preventScroll: true });
+      target = null;
+    } else if (performance.now() - since > 2000) {
       target = null;
     }
     // What is going on is seen without scrolling.
