@@ -89,3 +89,24 @@ def test_facts_are_saved_and_scores_belong_to_unchanged_weights(tmp_path):
     assert "20.29" not in card.text and "CC-BY-4.0" in card.text and "trained further" in card.text
     again = MoebiusInpaintPipeline.from_pretrained(tmp_path / "further")
     assert str(make_model_card(again, "further")).count("changed or trained further") == 1
+
+
+@pytest.mark.parametrize("subfolder", [None, "photos"])
+def test_facts_come_along_from_a_repository(hub, tmp_path, subfolder):
+    bundled = load_bundled()
+    bundled.push_to_hub("somebody/nano", subfolder=subfolder)
+    for kwargs in ({}, {"local_files_only": True}):  # also from the cache
+        loaded = MoebiusInpaintPipeline.from_pretrained("somebody/nano", subfolder, **kwargs)
+        assert weight_facts(loaded) == weight_facts(bundled)
+    loaded.push_to_hub("else/copy")
+    card = hub.repositories["else/copy"].files("main")["README.md"].decode()
+    assert "| `nano` | 20.29" in card and "model-index" in card
+
+
+def test_a_file_of_the_same_name_is_left_alone(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "card.json").write_text('{"name": "ace of spades"}')
+    pipeline = MoebiusInpaintPipeline.from_pretrained(tmp_path / "pipeline")
+    assert weight_facts(pipeline) is None
+    pipeline.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "card.json").exists()

@@ -5,7 +5,10 @@ import json
 CSS = """
 .gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
 /* Thrice, to outdo the components' own rules, some of which take the outline away. */
-.gradio-container.gradio-container.gradio-container :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: -2px; }
+.gradio-container.gradio-container.gradio-container :focus-visible {
+  outline: 3px solid var(--color-accent) !important;
+  outline-offset: -2px;
+}
 #status { min-height: 1.6rem; }
 #status progress { display: block; width: 100%; height: 0.6rem; margin-top: 4px; accent-color: var(--color-accent); }
 #actions button { min-height: 2.75rem; }

@@ -165,19 +165,22 @@ def make_model_card(pipeline, repo_id: str) -> ModelCard:
 
 def weight_facts(pipeline) -> dict | None:
     """
-    The facts of the folder that a pipeline was loaded from, as far as they hold for the weights that it has now.
+    The facts of the folder or repository that a pipeline was loaded from, as far as they hold for its present weights.
 
     Args:
         pipeline (`DiffusionPipeline`): The pipeline.
 
     Returns:
         `dict`, *optional*: `about`, `training_data` (Markdown paragraphs), and for unchanged weights `evaluation` with
-        the `fingerprint` of what was measured; `None` if the pipeline is not from a folder with facts.
+        the `fingerprint` of what was measured; `None` if there were no facts.
     """
-    path = Path(pipeline.config.get("_name_or_path") or "") / FACTS_FILE
+    # Loaded by our class it knows the file; `DiffusionPipeline` leaves the name, which may be that of a folder.
+    path = getattr(pipeline, "_facts_path", None) or Path(pipeline.config.get("_name_or_path") or "") / FACTS_FILE
     if not path.is_file():
         return None
     facts = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(facts, dict) or not {"fingerprint", "training_data"} <= set(facts):
+        return None  # somebody's file of the same name
     if facts["fingerprint"] == weights_fingerprint(pipeline):
         return facts
     further = "These weights were changed or trained further; the data above is that of the weights they come from."

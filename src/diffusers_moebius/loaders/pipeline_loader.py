@@ -257,7 +257,7 @@ class MoebiusLoaderMixin:
         weights = weight_names(kwargs.get("variant"), kwargs.get("use_safetensors"))
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         index = cls.config_name
-        candidates = [index, f"{folder}/{index}", *(f"{folder}/{name}" for name in weights)]
+        candidates = [index, FACTS_FILE, *(f"{folder}/{name}" for name in (index, *weights))]
         source = ModelSource("pretrained_model_name_or_path", pretrained_model_name_or_path, candidates, **hub_kwargs)
 
         in_root = index in source.files
@@ -281,7 +281,12 @@ class MoebiusLoaderMixin:
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
             kwargs["vae"] = load_vae(vae, dtype, **vae_kwargs, **source.kwargs_elsewhere)
         with source.download():
-            return super().from_pretrained(location, **kwargs)
+            pipeline = super().from_pretrained(location, **kwargs)
+        if location != source.location:
+            pipeline._facts_path = Path(location, FACTS_FILE)
+        elif FACTS_FILE in source.files:
+            pipeline._facts_path = Path(source.path(FACTS_FILE))
+        return pipeline
 
     @classmethod
     def _from_release(cls, source: ModelSource, folder: str, vae, config, **kwargs):
