@@ -32,7 +32,7 @@ MINUTE = 60_000  # ms
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="another model than the bundled one: a repository or a folder")
-    parser.add_argument("--example", default="The spoon", help="which of the page's examples (default: %(default)s)")
+    parser.add_argument("--example", default="The rocket", help="which of the page's examples (default: %(default)s)")
     parser.add_argument("--seed", default="0", help="seed of the filling (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder for the pictures")
     arguments = parser.parse_args()
@@ -68,7 +68,8 @@ def main():
             picture = Image.open(io.BytesIO(page.screenshot(full_page=True, clip=clip))).convert("RGB")
             # 256 colours are enough to see what the page is like, and small.
             path = arguments.output / name
-            picture.quantize(256, Image.Quantize.MEDIANCUT).save(path, optimize=True)
+            palette = picture.quantize(256)
+            picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
             print(f"{path}: {picture.width}×{picture.height} px, {path.stat().st_size / 1000:.0f} kB")
         browser.close()
 

@@ -21,6 +21,11 @@ CSS = """
   #editor { height: 400px !important; }
   /* The toolbar needs the place, and the tab above says it as well. */
   #editor > [data-testid=block-label] { display: none; }
+  /* Above the photo, beside the other toolbar, not upon it. */
+  #editor .toolbar-wrap { top: 4px !important; left: 4px !important; }
+  #editor .toolbar-wrap, #editor .toolbar-wrap .half-container {
+    flex-direction: row !important; width: max-content !important;
+  }
   /* One below the other, so that labels have the width. */
   .form { flex-direction: column !important; }
   #by-keyboard .form { flex-direction: row !important; }

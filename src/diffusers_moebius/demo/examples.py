@@ -26,7 +26,7 @@ class Example:
     picture: str
     polygons: tuple
 
-    @functools.cache  # noqa: B019, there are three, and they live as long as the app
+    @functools.cache  # noqa: B019, there are a few, and they live as long as the app
     def load(self) -> tuple[Photo, np.ndarray]:
         """The photo and its mask, a boolean array."""
         from skimage import data
@@ -41,6 +41,11 @@ def _disc(x: float, y: float, radius_x: float, radius_y: float) -> tuple:
 
 
 EXAMPLES = (
+    Example(
+        "The rocket",
+        "rocket",
+        (((295, 135), (320, 118), (346, 135), (346, 300), (362, 345), (362, 405), (280, 405), (280, 345), (300, 340)),),
+    ),
     Example(
         "The spoon",
         "coffee",
