@@ -34,7 +34,6 @@ SAMPLERS = {
     "UniPC": UniPCMultistepScheduler,
     "LCM": LCMScheduler,
 }
-INTERVALS = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0), (0.25, 0.75), (0.0, 0.0))
 STARTS = (("fill", 0.9), ("fill", 0.7), ("fill", 0.5), ("noise", 0.7), ("original", 0.7))
 SCORES = {
     "psnr_reference": ("PSNR to the reference ↑", "{:.2f}"),
@@ -62,6 +61,13 @@ class Run:
     options: dict = field(default_factory=dict)
 
 
+def guided_intervals(steps: int) -> list[tuple[int, int]]:
+    """The first and the last step of guidance, counted from 0 and exclusive: the beginnings, the ends, none."""
+    beginnings = [(0, end) for end in range(steps, 0, -1)]
+    ends = [(start, steps) for start in range(1, steps)]
+    return [*beginnings, *ends, (0, 0)]
+
+
 def plan(args: argparse.Namespace) -> dict[str, tuple[Run, list[Run]]]:
     """The rows of each table, with the run that each is compared with."""
     plain = {"strength": 1.0, "guidance_scale": args.guidance_scale}
@@ -72,11 +78,15 @@ def plan(args: argparse.Namespace) -> dict[str, tuple[Run, list[Run]]]:
         tables["Samplers and steps"][1].extend(Run(sampler, sampler, steps, plain) for steps in args.steps)
 
     guided = {"strength": 1.0, "guidance_scale": args.interval_guidance_scale}
+    total = args.sampler_steps
     rows = []
-    for start, end in INTERVALS:
-        name = f"guidance from {start:g} to {end:g}" if end > start else "no guidance"
-        interval = {"guidance_start": start, "guidance_end": end}
-        rows.append(Run(name, args.sampler, args.sampler_steps, guided | interval))
+    for start, end in guided_intervals(total):
+        name = f"steps {start + 1} to {end} guided" if end > start else "no step guided"
+        interval = {"guidance_start": start / total, "guidance_end": end / total}
+        rows.append(Run(name, args.sampler, total, guided | interval))
+    # What the cheaper rows compete with: fewer steps, all of them guided.
+    for fewer in range(max(1, total - 2), total):
+        rows.append(Run("all steps guided", args.sampler, fewer, guided))
     guided_reference = Run("DDIM", "DDIM", args.reference_steps, guided)
     tables[f"Guidance of scale {args.interval_guidance_scale:g} in a part of the steps"] = (guided_reference, rows)
 
@@ -180,7 +190,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--guidance_scale", type=float, help="of the first and the third table; default: the model's")
     add("--interval_guidance_scale", type=float, default=2.5, help="of the second table")
     add("--sampler", choices=SAMPLERS, default="UniPC", help="of the second and the third table")
-    add("--sampler_steps", type=int, default=8, help="of the second and the third table")
+    add("--sampler_steps", type=int, default=5, help="of the second and the third table")
     add("--json", dest="json_file", type=Path, help="file for the scores of each photo, written after each")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -67,13 +67,20 @@ def test_rows_are_compared_with_the_reference_and_the_photo(sampling, lpips, dat
     assert same["psnr_reference"] == 100 and same["lpips_reference"] == 0
     assert first["DDIM", 2]["scores"]["psnr_reference"] < 100
     assert first["DDIM", 2]["evaluations"] == 4  # the pipeline guides by default
-    guided = {row["name"]: row["evaluations"] for row in results if row["table"].startswith("Guidance")}
+    guided = {
+        (row["name"], row["steps"]): row["evaluations"] for row in results if row["table"].startswith("Guidance")
+    }
     assert guided == {
-        "guidance from 0 to 1": 8,
-        "guidance from 0 to 0.5": 6,
-        "guidance from 0.5 to 1": 6,
-        "guidance from 0.25 to 0.75": 6,
-        "no guidance": 4,
+        ("steps 1 to 4 guided", 4): 8,
+        ("steps 1 to 3 guided", 4): 7,
+        ("steps 1 to 2 guided", 4): 6,
+        ("steps 1 to 1 guided", 4): 5,
+        ("steps 2 to 4 guided", 4): 7,
+        ("steps 3 to 4 guided", 4): 6,
+        ("steps 4 to 4 guided", 4): 5,
+        ("no step guided", 4): 4,
+        ("all steps guided", 2): 4,
+        ("all steps guided", 3): 6,
     }
     starts = {row["name"]: row["evaluations"] for row in results if row["table"] == "Starting points"}
     assert starts["pure noise"] == 8 and starts["fill, strength 0.5"] == 4
