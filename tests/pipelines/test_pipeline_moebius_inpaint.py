@@ -913,6 +913,30 @@ def test_few_steps_are_taken_from_noise_unless_the_model_has_fewer(tiny_pipeline
         pipe.use_few_steps(0)
 
 
+@pytest.mark.parametrize(
+    ("steps", "options", "expected"),
+    [
+        (5, {}, [1, 1, 2, 2, 2]),
+        (4, {}, [1, 2, 2, 2]),
+        (2, {}, [2, 2]),
+        (1, {}, [2]),
+        (5, {"guidance_start": 0.0}, [2, 2, 2, 2, 2]),
+        (5, {"guidance_start": 0.2}, [1, 2, 2, 2, 2]),
+        (5, {"guidance_end": 0.2}, [2, 1, 1, 1, 1]),
+        (5, {"num_inference_steps": 10}, [1, 1, 1, 1, 2, 2, 2, 2, 2, 2]),
+        (5, {"guidance_scale": 1.0}, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_guidance_begins_late_with_few_steps(tiny_pipeline, steps, options, expected):
+    pipe = MoebiusInpaintPipeline.from_pipe(tiny_pipeline).use_few_steps(steps)
+    pipe.set_progress_bar_config(disable=True)
+    sizes = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    pipe(photo(), hole(), **options)
+    hook.remove()
+    assert sizes == expected
+
+
 def test_prepared_pipeline_agrees_with_the_reference_processors_over_20_steps(tiny_pipeline):
     generator = torch.Generator().manual_seed(3)
     for module in tiny_pipeline.unet.modules():

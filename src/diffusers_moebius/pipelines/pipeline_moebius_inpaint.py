@@ -48,6 +48,9 @@ logger = logging.get_logger(__name__)
 # Pipelines made by `from_pipe` share their VAE, so the lock that guards its precision belongs to no pipeline.
 _VAE_PRECISION_LOCK = threading.Lock()
 
+# Share of few steps, the first ones, that go without guidance; see `MoebiusInpaintPipeline.use_few_steps`.
+UNGUIDED_SHARE = 0.4
+
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
@@ -92,6 +95,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             Strength of a call that names none.
         default_paste (`str`, defaults to `"exact"`):
             How a call that does not say so pastes its results; `"seamless"` for the bundled model.
+        default_guidance_start (`float`, defaults to 0.0):
+            Fraction of the steps after which guidance begins in a call that names no interval.
     """
 
     model_cpu_offload_seq = "lcg_embedder->unet->vae"
@@ -107,6 +112,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         default_num_inference_steps: int = 20,
         default_strength: float = 0.99,
         default_paste: str | None = "exact",
+        default_guidance_start: float = 0.0,
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, lcg_embedder=lcg_embedder, scheduler=scheduler)
@@ -115,6 +121,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             default_num_inference_steps=default_num_inference_steps,
             default_strength=default_strength,
             default_paste=default_paste,
+            default_guidance_start=default_guidance_start,
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         has_unet = getattr(self, "unet", None) is not None
@@ -192,8 +199,10 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         """
         Makes calls that name no steps take few of them: UniPC from pure noise in evenly spaced steps.
 
-        A checkpoint whose default is no more steps than that, such as the bundled model, keeps its own sampling.
-        `docs/performance.md` compares samplers and numbers of steps.
+        Guidance, which doubles the cost of a step, begins after two steps of five: of the intervals compared in
+        `docs/performance.md` that loses least, and guidance is known to do more harm than good where there is most
+        noise (Kynkäänniemi et al., arXiv 2404.07724). A checkpoint whose default is no more steps than asked for,
+        such as the bundled model, keeps its own sampling.
 
         Args:
             num_inference_steps (`int`, defaults to 5): Steps of a call that names none.
@@ -207,7 +216,11 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             )
         if self.config.default_num_inference_steps > num_inference_steps:
             self.scheduler = UniPCMultistepScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
-            self.register_to_config(default_num_inference_steps=num_inference_steps, default_strength=1.0)
+            self.register_to_config(
+                default_num_inference_steps=num_inference_steps,
+                default_strength=1.0,
+                default_guidance_start=int(UNGUIDED_SHARE * num_inference_steps) / num_inference_steps,
+            )
         return self
 
     def enable_vae_slicing(self) -> None:
@@ -606,7 +619,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         guidance_scale: float | None = None,
-        guidance_start: float = 0.0,
+        guidance_start: float | None = None,
         guidance_end: float = 1.0,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -669,8 +682,10 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             guidance_scale (`float`, *optional*):
                 Scale `s` in `eps_fg + s * (eps_bg - eps_fg)`; for `s <= 1` only the background branch runs, at half
                 the cost. Defaults to the checkpoint's `default_guidance_scale`: 2.5, or 2.0 for portraits.
-            guidance_start (`float`, defaults to 0.0):
-                Fraction of the steps after which guidance begins; outside only the background branch runs.
+            guidance_start (`float`, *optional*):
+                Fraction of the steps after which guidance begins; outside only the background branch runs. Defaults to
+                0, or, where guidance goes on to the end, to the pipeline's `default_guidance_start`, which is 0.4
+                after [`use_few_steps`].
             guidance_end (`float`, defaults to 1.0):
                 Fraction of the steps after which guidance ends. A step counts if it lies within both limits as a
                 whole.
@@ -724,6 +739,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        if guidance_start is None:
+            guidance_start = self.config.default_guidance_start if guidance_end == 1 else 0.0
         strength = self.config.default_strength if strength is None else strength
         paste = self.config.default_paste if paste == "auto" else paste
         if num_inference_steps is None:
