@@ -23,6 +23,21 @@ def test_local_lambda_does_not_depend_on_tiling(tile_width, max_elements, window
         assert relative_error(layer(hidden_states), reference) < 1e-5
 
 
+def test_an_exported_graph_is_small_and_the_same():
+    """A group of rows is a part of the graph each, and the time of compilers grows faster than the graph."""
+    torch.manual_seed(0)
+    layer = randomize_statistics(LocalLambda(32, 4, 15).eval())
+    hidden_states = torch.randn(2, 32, 64, 64)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        eager = layer(hidden_states)
+    groups = sum(event.name == "aten::baddbmm" for event in profile.events())
+    with torch.no_grad():
+        graph = torch.export.export(layer, (hidden_states,))
+    products = [node for node in graph.graph.nodes if node.target == torch.ops.aten.baddbmm.default]
+    assert groups > 4 * len(products) > 0
+    assert relative_error(graph.module()(hidden_states), eager) < 1e-5
+
+
 def test_position_embeddings_are_exact_at_the_native_size_and_resampled_elsewhere():
     layer = InteractiveLambda(16, 4, 16, 10, grid_size=8)
     native = layer.position_embedding(8, 8)

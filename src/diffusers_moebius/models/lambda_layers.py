@@ -73,12 +73,20 @@ class FastLocalLambdaProcessor:
         tile_width (`int`, defaults to 8): Positions in a tile; rows up to twice as wide are one tile. Narrow tiles
             compute fewer zeros, wide ones make larger products.
         max_elements (`int`, *optional*): Rows are worked on in groups that keep the product below so many elements. By
-            default 2**19 on the CPU, where it then stays in the cache, and 2**26 elsewhere.
+            default 2**19 on the CPU, where it then stays in the cache, 2**22 there in a graph that is compiled or
+            exported, which holds each group by itself, and 2**26 elsewhere.
     """
 
     def __init__(self, tile_width: int = 8, max_elements: int | None = None):
         self.tile_width = tile_width
         self.max_elements = max_elements
+
+    def choose_max_elements(self, device_type: str) -> int:
+        if self.max_elements is not None:
+            return self.max_elements
+        if device_type != "cpu":
+            return 2**26
+        return 2**22 if torch.compiler.is_compiling() else 2**19
 
     def __call__(self, attn: "LocalLambda", hidden_states: torch.Tensor) -> torch.Tensor:
         batch, _, height, width = hidden_states.shape
@@ -107,8 +115,7 @@ class FastLocalLambdaProcessor:
         # A single tile sees the whole row: the columns outside of the picture are zero and are left out.
         columns = (0, 0) if single else (radius, radius + right)
         value = F.pad(value.unflatten(1, (height, width)), (0, 0, *columns, radius, radius))
-        max_elements = self.max_elements or (2**19 if query.device.type == "cpu" else 2**26)
-        rows = max(1, max_elements // (batch * tiles * heads * tile * row))
+        rows = max(1, self.choose_max_elements(query.device.type) // (batch * tiles * heads * tile * row))
         output = []
         for top in range(0, height, rows):
             query_rows = query[:, top : top + rows]
