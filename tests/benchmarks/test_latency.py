@@ -1,5 +1,7 @@
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,12 @@ def test_wrong_options_are_refused(latency, capsys, arguments):
         latency.main(arguments)
     assert error.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_memory_of_the_command_is_its_own(latency):
+    """Not that of the process that measures, whose high-water mark Linux hands on to what it starts."""
+    large = torch.ones(2**28)  # 1 GiB
+    peak = int(subprocess.check_output([sys.executable, "-c", latency.PRINT_PEAK, sys.executable, "-c", ""]))
+    assert large.sum() and 2**20 < peak < 2**28
+    with pytest.raises(subprocess.CalledProcessError):
+        subprocess.check_output([sys.executable, "-c", latency.PRINT_PEAK, sys.executable, "-c", "exit(3)"])
