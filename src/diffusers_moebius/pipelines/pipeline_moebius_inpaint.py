@@ -684,8 +684,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 the cost. Defaults to the checkpoint's `default_guidance_scale`: 2.5, or 2.0 for portraits.
             guidance_start (`float`, *optional*):
                 Fraction of the steps after which guidance begins; outside only the background branch runs. Defaults to
-                0, or, where guidance goes on to the end, to the pipeline's `default_guidance_start`, which is 0.4
-                after [`use_few_steps`].
+                0, or, where guidance goes on to the end, to the pipeline's `default_guidance_start`, which is up to
+                0.4 after [`use_few_steps`].
             guidance_end (`float`, defaults to 1.0):
                 Fraction of the steps after which guidance ends. A step counts if it lies within both limits as a
                 whole.
