@@ -311,6 +311,16 @@ def test_shift_click_and_toggle_take_away(visit, photo):
     assert "Marked" in visitor.select(60, 40, modifiers=["Shift"])
 
 
+def test_a_click_while_another_is_worked_on_counts(visit, photo):
+    visitor = visit()
+    visitor.upload(photo)
+    visitor.go_to("Click to select")
+    picture = visitor.page.locator("#clicked img").first
+    picture.click(position={"x": 60, "y": 40})
+    picture.click(position={"x": 60, "y": 40}, modifiers=["Shift"])
+    sync_api.expect(visitor.status).to_contain_text("Nothing is marked", timeout=15_000)
+
+
 def test_what_is_marked_by_numbers_is_seen_in_the_editor(visit, photo, tmp_path):
     visitor = visit()
     grey = tmp_path / "grey.png"

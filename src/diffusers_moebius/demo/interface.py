@@ -649,7 +649,13 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
             **private,
         }
         selecting = {"concurrency_limit": 1, "concurrency_id": "selector", **marked}
-        clicked.select(on_click, [state, click_mode, click_grow, with_shift], js=ADD_SHIFT, **selecting)
+        clicked.select(
+            on_click,
+            [state, click_mode, click_grow, with_shift],
+            js=ADD_SHIFT,
+            trigger_mode="multiple",  # else a click while another is worked on is lost
+            **selecting,
+        )
         mark_object.click(on_mark_object, [state, editor, click_grow, *rectangle], **selecting)
 
         def fill_rectangle(value: bool):
