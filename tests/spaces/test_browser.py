@@ -17,8 +17,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)"),
-    # On a busy machine gradio 6.31 can lose an event: the stream of the last one, which the page has just closed, still
-    # waits for messages of the session and takes those of the next (`sse_stream` in gradio/routes.py).
+    # On a busy machine events are lost now and then; probably gradio 6.31 gives messages of one to the stream of the
+    # event before, which the page has closed (`sse_stream` in gradio/routes.py).
     pytest.mark.flaky(reruns=2),
 ]
 ARGUMENTS = [
