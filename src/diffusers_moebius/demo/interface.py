@@ -644,18 +644,13 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
 
         marked = {
             "outputs": [clicked, editor, status, click_note],
+            "trigger_mode": "multiple",  # else what is marked while the last mark is worked on is lost
             "show_progress": "minimal",
             "show_progress_on": status,
             **private,
         }
         selecting = {"concurrency_limit": 1, "concurrency_id": "selector", **marked}
-        clicked.select(
-            on_click,
-            [state, click_mode, click_grow, with_shift],
-            js=ADD_SHIFT,
-            trigger_mode="multiple",  # else a click while another is worked on is lost
-            **selecting,
-        )
+        clicked.select(on_click, [state, click_mode, click_grow, with_shift], js=ADD_SHIFT, **selecting)
         mark_object.click(on_mark_object, [state, editor, click_grow, *rectangle], **selecting)
 
         def fill_rectangle(value: bool):
