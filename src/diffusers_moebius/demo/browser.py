@@ -119,11 +119,90 @@ SCRIPT = """
   watch(follow);
 })();
 """
+# Gradio (6.31) ends the stream on which answers come when none is due. An event that is sent while that end is on its
+# way is taken for one on the old stream: no other is opened, and its answer never comes. So an end that crosses an
+# event is kept from gradio's client, which goes on reading from the next stream as if it were the same.
+STREAM = r"""
+(() => {
+  const plain = window.fetch.bind(window);
+  const sending = new Set(); // events on their way to the server
+  const due = new Set(); // ids of those it has taken and not answered
+  let ended = Promise.resolve(); // that the client has seen the last stream's end
+
+  const send = async (request) => {
+    const response = plain(...request);
+    const noted = response
+      .then((taken) => taken.clone().json())
+      .then(({ event_id }) => event_id && due.add(event_id))
+      .catch(() => {}); // refused, or not sent: the client sees to that
+    sending.add(noted);
+    await noted;
+    sending.delete(noted);
+    await ended;
+    return response;
+  };
+
+  // Hands on all messages but the one that ends the stream, which is returned; null if there is none.
+  const handOn = async (body, controller) => {
+    const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+    const encoder = new TextEncoder();
+    let text = "";
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return null;
+      const messages = (text + value).split("\n\n");
+      text = messages.pop();
+      for (const message of messages) {
+        const { msg, event_id } = JSON.parse(message.replace(/^data: /, ""));
+        if (msg === "close_stream") return encoder.encode(message + "\n\n");
+        if (msg === "process_completed") due.delete(event_id);
+        controller.enqueue(encoder.encode(message + "\n\n"));
+      }
+    }
+  };
+
+  const listen = async (request) => {
+    const first = await plain(request.clone());
+    if (!first.ok) return first;
+    const start = async (controller) => {
+      try {
+        let end = await handOn(first.body, controller);
+        for (;;) {
+          while (sending.size) await Promise.all(sending);
+          if (end === null || !due.size) break;
+          const next = await plain(request.clone());
+          if (!next.ok) break;
+          end = await handOn(next.body, controller);
+        }
+        due.clear();
+        if (end !== null) {
+          ended = new Promise((resolve) => {
+            request.signal.addEventListener("abort", resolve);
+            setTimeout(resolve, 1000);
+          });
+          controller.enqueue(end);
+        }
+        controller.close();
+      } catch (error) {
+        due.clear();
+        controller.error(error);
+      }
+    };
+    return new Response(new ReadableStream({ start }), { status: first.status, headers: first.headers });
+  };
+
+  window.fetch = (...request) => {
+    const url = String(request[0]?.url ?? request[0]);
+    if (/\/queue\/join(\?|$)/.test(url)) return send(request);
+    if (/\/queue\/data(\?|$)/.test(url)) return listen(new Request(...request));
+    return plain(...request);
+  };
+})();
+"""
 # Gradio's rules for `css` do not reach its footer, of which a phone shows a dot.
 FOOTER = "<style>@media (max-width: 480px) { footer { display: none !important; } }</style>"
-HEAD = (
-    FOOTER + "<script>" + SCRIPT.replace("NAMES", json.dumps(NAMES)).replace("FOCUS", json.dumps(FOCUS)) + "</script>"
-)
+SCRIPT = SCRIPT.replace("NAMES", json.dumps(NAMES)).replace("FOCUS", json.dumps(FOCUS))
+HEAD = f"{FOOTER}<script>{STREAM}</script><script>{SCRIPT}</script>"
 
 # Put before a click on the picture is sent: replaces the last input by whether Shift was held.
 ADD_SHIFT = "(...values) => [...values.slice(0, -1), window.moebiusShift === true]"
