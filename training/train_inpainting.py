@@ -42,13 +42,12 @@ from diffusers_moebius.training.components import (
     build_pipeline,
     describe_dataset,
     prepare_denoiser,
-    recalibrate_batch_norm,
     with_latents,
 )
 from diffusers_moebius.training.loop import TrainingLoop
 from diffusers_moebius.training.objective import noise_batch
 from diffusers_moebius.training.perceptual import LPIPS
-from diffusers_moebius.training.results import add_to_card, push_results, training_section
+from diffusers_moebius.training.results import write_pipeline
 from diffusers_moebius.training.validation import Validation
 
 logger = logging.getLogger("train_inpainting")
@@ -161,21 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # result
     if loop.finished:
-        batches = loop.batches_from(dataset, loop.step * args.gradient_accumulation_steps)
-        batches = loop.with_generators(batches)
-        with loop.averaged_weights() as bare:
-
-            def forward(number):
-                noised = noise(*next(batches))
-                bare(noised.model_input, noised.timesteps, noised.category_ids)
-
-            if not args.freeze_batch_norm:
-                recalibrate_batch_norm(bare, forward, 50)
-            if loop.is_main:
-                pipeline.save_pretrained(loop.output_dir)
-                add_to_card(loop.output_dir, training_section(loop, describe_dataset(args, dataset), scores))
-                logger.info("wrote the pipeline to %s", loop.output_dir)
-                push_results(loop)
+        write_pipeline(loop, pipeline, dataset, noise, scores)
     loop.accelerator.end_training()
 
 

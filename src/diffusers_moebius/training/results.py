@@ -1,4 +1,4 @@
-"""What a run leaves behind: the model card with its command, data and curves, and the upload."""
+"""What a run leaves behind: the weights, the model card with the command, data and curves, and the upload."""
 
 import argparse
 import logging
@@ -12,9 +12,11 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, create_repo
 from ..loaders.model_card import PAPER, hub_repository
 from ..models.adapter_layers import adapter_layers
 from .checkpoints import list_checkpoints
+from .components import describe_dataset, recalibrate_batch_norm
 from .loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
+RECALIBRATION_BATCHES = 50
 PACKAGES = ("diffusers-moebius", "diffusers", "torch", "accelerate")
 LORA_TEXT = """# {title}
 
@@ -156,3 +158,35 @@ def push_results(loop: TrainingLoop) -> None:
         ignore_patterns=[*ignored, "partial-*/*", f"{args.logging_dir}/*", "args.json"],
     )
     logger.info("uploaded to %s", repo_id)
+
+
+def write_pipeline(loop: TrainingLoop, pipeline, dataset, noise, scores: dict[str, float]) -> None:
+    """
+    Writes the pipeline of a finished run with its averaged weights and its model card, and uploads it if asked to.
+
+    The statistics of BatchNorm belong to the weights that were trained; for the averaged ones they are measured anew,
+    on the batches that would have come next. To be called in all processes.
+
+    Args:
+        loop ([`TrainingLoop`]): The run.
+        pipeline ([`MoebiusInpaintPipeline`]): The pipeline of which the run trained the U-Net.
+        dataset: The dataset of the run.
+        noise (callable): Makes a `NoisedBatch` of a batch and the generators of its samples.
+        scores (`dict[str, float]`): The last validation, for the card.
+    """
+    args = loop.args
+    batches = loop.batches_from(dataset, loop.step * args.gradient_accumulation_steps)
+    batches = loop.with_generators(batches)
+    with loop.averaged_weights() as model:
+
+        def forward(number):
+            noised = noise(*next(batches))
+            model(noised.model_input, noised.timesteps, noised.category_ids)
+
+        if not args.freeze_batch_norm:
+            recalibrate_batch_norm(model, forward, RECALIBRATION_BATCHES)
+        if loop.is_main:
+            pipeline.save_pretrained(loop.output_dir)
+            add_to_card(loop.output_dir, training_section(loop, describe_dataset(args, dataset), scores))
+            logger.info("wrote the pipeline to %s", loop.output_dir)
+            push_results(loop)
