@@ -1,9 +1,14 @@
 """A running demo on tiny random models, and photos to give it."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Apart from other test processes and the user's own demos: equal uploads lie at one place, and a server that ends
+# deletes its own.
+os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="moebius-test-uploads-")
 
 from pathlib import Path
 
@@ -13,6 +18,12 @@ import torch
 from PIL import Image
 
 gradio = pytest.importorskip("gradio", reason="the extra `demo` is not installed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def uploads_folder():
+    yield
+    shutil.rmtree(os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

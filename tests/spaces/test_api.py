@@ -1,7 +1,11 @@
 """The demo's API, by gradio's client."""
 
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
+from gradio.utils import get_upload_folder
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
@@ -77,14 +81,25 @@ def test_what_is_wrong_gives_an_error_and_the_next_call_works(client, downloads,
     assert predict(client, photo, mask)[0]
 
 
-def test_uploads_are_deleted_after_use(client, downloads, photo, mask):
-    import os
-    from pathlib import Path
+def test_uploads_are_deleted_after_use(client, downloads, photo, mask, monkeypatch):
+    from diffusers_moebius.demo import interface
 
-    from gradio.utils import get_upload_folder
-
-    before = set(Path(get_upload_folder()).rglob("*.png"))
+    monkeypatch.setattr(interface, "UPLOAD_SECONDS", 0.5)
+    folder = Path(get_upload_folder())
+    before = set(folder.rglob("*.png"))
     predict(client, photo, mask)
-    after = set(Path(get_upload_folder()).rglob("*.png"))
-    assert not any(os.path.basename(path) in (photo.name, mask.name) for path in after - before)
-    assert [path.name for path in after - before] in ([], ["holiday-moebius.png"])
+    until = time.monotonic() + 20
+    while {path.name for path in folder.rglob("*.png")} & {photo.name, mask.name} and time.monotonic() < until:
+        time.sleep(0.1)
+    assert [path.name for path in set(folder.rglob("*.png")) - before] in ([], ["holiday-moebius.png"])
+
+
+def test_visitors_may_send_the_same_files_at_once(demo_url, tmp_path, photo, mask, monkeypatch):
+    from diffusers_moebius.demo import interface
+
+    monkeypatch.setattr(interface, "UPLOAD_SECONDS", 30)
+    clients = [Client(demo_url, verbose=False, download_files=str(tmp_path / name)) for name in "abc"]
+    arguments = {"photo": handle_file(str(photo)), "mask": handle_file(str(mask)), "steps": 20, "seed": 3}
+    jobs = [client.submit(api_name="/predict", **arguments) for client in clients]
+    pictures = [Path(job.result(timeout=120)[0]).read_bytes() for job in jobs]
+    assert len(set(pictures)) == 1

@@ -328,6 +328,22 @@ def test_a_click_while_another_is_worked_on_counts(visit, photo):
     sync_api.expect(visitor.status).to_contain_text("Nothing is marked", timeout=15_000)
 
 
+def test_a_click_while_the_picture_loads_counts(visit, photo):
+    visitor = visit()
+    visitor.upload(photo)
+    visitor.go_to("Click to select")
+    picture = visitor.page.locator("#clicked img").first
+    loading = []
+    visitor.page.route("**/file=**", lambda route: loading.append(route))
+    visitor.select(60, 40)
+    visitor.page.wait_for_function("!document.querySelector('#clicked img').complete")
+    picture.click(position={"x": 60, "y": 40}, modifiers=["Shift"])
+    for route in loading:
+        route.continue_()
+    visitor.page.unroute("**/file=**")
+    sync_api.expect(visitor.status).to_contain_text("Nothing is marked", timeout=TIMEOUT)
+
+
 # The end of each stream of answers takes two seconds to arrive, as it may through a proxy or on a busy machine.
 LATE_END = r"""
 const plain = window.fetch.bind(window);

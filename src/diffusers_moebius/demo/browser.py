@@ -62,6 +62,14 @@ SCRIPT = """
   // Whether Shift was held at the last click, which gradio's events do not say.
   document.addEventListener("click", (event) => { window.moebiusShift = event.shiftKey; }, true);
 
+  // Gradio drops a click on a picture that is still on its way, as the tinted one is after each click.
+  document.addEventListener("click", (event) => {
+    const picture = event.target;
+    if (!picture.matches?.("#clicked img") || picture.complete) return;
+    event.stopImmediatePropagation();
+    picture.addEventListener("load", () => picture.dispatchEvent(new MouseEvent("click", event)), { once: true });
+  }, true);
+
   // A picture that is pasted anywhere on the page becomes the photo, if one is waited for.
   document.addEventListener("paste", (event) => {
     const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith("image/"));

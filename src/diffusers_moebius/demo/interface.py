@@ -1,5 +1,6 @@
 """The page of the demo: its controls, what they do, and the API."""
 
+import contextlib
 import functools
 import html
 import inspect
@@ -7,6 +8,7 @@ import logging
 import os
 import random
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -44,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 # What a visitor leaves behind is deleted when the page is closed, and after so many seconds in any case.
 SESSION_SECONDS = 3600
+# An upload is kept for so long after its use, since gradio keeps equal files of equal names at one place: another
+# visitor may have sent the same, and wait for their turn.
+UPLOAD_SECONDS = 60
 MAX_WAITING = 32
 DEFAULT_CONTEXT = 50
 MAX_STEPS = 100
@@ -108,6 +113,20 @@ def _remove_folder(folder: Path) -> None:
         for path in folder.iterdir():
             path.unlink(missing_ok=True)
         folder.rmdir()
+
+
+def _delete_upload(path: str) -> None:
+    """Deletes a file that was used, a little later and if it has not been sent again since."""
+    used = time.time()
+
+    def delete() -> None:
+        with contextlib.suppress(OSError):
+            if os.path.getmtime(path) <= used:
+                os.unlink(path)
+
+    timer = threading.Timer(UPLOAD_SECONDS, delete)
+    timer.daemon = True  # a server that ends deletes all uploads
+    timer.start()
 
 
 def _friendly(function):
@@ -281,7 +300,7 @@ class Demo:
         finally:
             _remove_folder(folder)
             for path in (photo, mask):
-                Path(path).unlink(missing_ok=True)
+                _delete_upload(path)
 
     def describe(self, model: str, settings: Settings, edge_margin: float) -> dict:
         """The settings as they are shown."""
@@ -539,7 +558,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 gr.Warning(str(error), duration=None, title="Another photo, please")
                 return {upload: None, status: _status(str(error))}
             finally:
-                Path(path).unlink(missing_ok=True)
+                _delete_upload(path)
             return show(session)
 
         # Not `input`, which neither the camera nor the clipboard's button is.
