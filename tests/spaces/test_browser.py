@@ -108,7 +108,8 @@ class Visitor:
         return new.inner_text()
 
     def go_to(self, tab):
-        self.page.get_by_role("tab", name=tab).click()
+        with self.page.expect_event("requestfinished", lambda request: "/queue/data" in request.url):
+            self.page.get_by_role("tab", name=tab).click()
         self.page.wait_for_timeout(1500)
 
     def red_part(self):
