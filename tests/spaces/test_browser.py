@@ -55,11 +55,17 @@ class Visitor:
         self.page.set_default_timeout(TIMEOUT)
         self.requests: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
+        self.answered = 0  # streams that have ended; some are given up by the page when the last message is there
+        for end in ("requestfinished", "requestfailed"):
+            self.page.on(end, self.count_answer)
         # Shown with a test that fails.
         self.page.on("console", lambda message: message.type == "error" and print("console:", message.text))
         self.page.on("pageerror", lambda error: print("page:", error))
         self.page.goto(url)
         self.page.wait_for_selector("#photo input[type=file]", state="attached")
+
+    def count_answer(self, request):
+        self.answered += "/queue/data" in request.url
 
     def upload(self, path):
         self.page.set_input_files("#photo input[type=file]", str(path))
@@ -108,8 +114,11 @@ class Visitor:
         return new.inner_text()
 
     def go_to(self, tab):
-        with self.page.expect_event("requestfinished", lambda request: "/queue/data" in request.url):
-            self.page.get_by_role("tab", name=tab).click()
+        answered = self.answered
+        self.page.get_by_role("tab", name=tab).click()
+        until = time.monotonic() + TIMEOUT / 1000
+        while self.answered == answered and time.monotonic() < until:
+            self.page.wait_for_timeout(100)
         self.page.wait_for_timeout(1500)
 
     def red_part(self):
