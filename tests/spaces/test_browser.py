@@ -1,5 +1,6 @@
 """The page in a real browser."""
 
+import functools
 import io
 import re
 import shutil
@@ -55,17 +56,27 @@ class Visitor:
         self.page.set_default_timeout(TIMEOUT)
         self.requests: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.answered = 0  # streams that have ended; some are given up by the page when the last message is there
-        for end in ("requestfinished", "requestfailed"):
-            self.page.on(end, self.count_answer)
+        self.waited_for: set = set()
+        self.last_active = 0.0
+        for event in ("request", "requestfinished", "requestfailed"):
+            self.page.on(event, functools.partial(self.note, event))
         # Shown with a test that fails.
         self.page.on("console", lambda message: message.type == "error" and print("console:", message.text))
         self.page.on("pageerror", lambda error: print("page:", error))
         self.page.goto(url)
         self.page.wait_for_selector("#photo input[type=file]", state="attached")
 
-    def count_answer(self, request):
-        self.answered += "/queue/data" in request.url
+    def note(self, event, request):
+        if "/heartbeat/" not in request.url:
+            self.last_active = time.monotonic()
+            (self.waited_for.add if event == "request" else self.waited_for.discard)(request)
+
+    def rest(self):
+        """Waits until nothing was sent or received for a second; the editor sends what it holds once it is drawn."""
+        start = self.last_active = time.monotonic()
+        while self.waited_for or time.monotonic() - self.last_active < 1:
+            assert time.monotonic() - start < TIMEOUT / 1000, [request.url for request in self.waited_for]
+            self.page.wait_for_timeout(100)
 
     def upload(self, path):
         self.page.set_input_files("#photo input[type=file]", str(path))
@@ -74,7 +85,7 @@ class Visitor:
     def wait_for_photo(self):
         self.page.wait_for_selector("#editor canvas")
         sync_api.expect(self.status).to_contain_text("pixels")
-        self.page.wait_for_timeout(1500)  # the canvas draws itself without saying when it has
+        self.rest()
 
     @property
     def status(self):
@@ -91,7 +102,7 @@ class Visitor:
         self.page.mouse.move(x, y + 5, steps=4)
         self.page.mouse.move(x + 30, y, steps=4)
         self.page.mouse.up()
-        self.page.wait_for_timeout(500)
+        self.rest()
 
     def mark(self, left, top, width, height, button="Mark the rectangle"):
         """Marks by numbers, in percent."""
@@ -114,12 +125,8 @@ class Visitor:
         return new.inner_text()
 
     def go_to(self, tab):
-        answered = self.answered
         self.page.get_by_role("tab", name=tab).click()
-        until = time.monotonic() + TIMEOUT / 1000
-        while self.answered == answered and time.monotonic() < until:
-            self.page.wait_for_timeout(100)
-        self.page.wait_for_timeout(1500)
+        self.rest()
 
     def red_part(self):
         """How much of the editor is red."""
@@ -203,13 +210,13 @@ def test_a_stroke_is_filled_and_the_rest_is_exact(visit, photo, tmp_path):
     # JPEG on request.
     visitor.page.get_by_label("JPEG, smaller").check()
     visitor.page.wait_for_function("document.querySelector('a#download, #download a, #download')")
-    visitor.page.wait_for_timeout(2000)
+    visitor.rest()
     assert Image.open(visitor.download(tmp_path)).format == "JPEG"
 
     # The result becomes the new photo.
     visitor.page.click("#again")
     visitor.page.wait_for_selector("#download", state="detached")
-    visitor.page.wait_for_timeout(1500)
+    visitor.rest()
     visitor.paint()
     visitor.run()
     assert visitor.download(tmp_path).name == "holiday-moebius.png"
@@ -220,7 +227,7 @@ def test_undo_takes_back_a_stroke(visit, photo):
     visitor.upload(photo)
     visitor.paint()
     visitor.page.locator("#editor").get_by_role("button", name="Undo").click()
-    visitor.page.wait_for_timeout(500)
+    visitor.rest()
     visitor.page.click("#remove")
     sync_api.expect(visitor.page.get_by_text("Nothing is marked yet")).to_be_visible(timeout=TIMEOUT)
 
@@ -398,10 +405,10 @@ def test_what_is_marked_by_numbers_is_seen_in_the_editor(visit, photo, tmp_path)
     visitor.upload(grey)
     nothing = visitor.red_part()
     visitor.mark(0, 0, 40, 50)
-    visitor.page.wait_for_timeout(1000)
+    visitor.rest()
     once = visitor.red_part()
     visitor.mark(60, 50, 40, 50)
-    visitor.page.wait_for_timeout(1000)
+    visitor.rest()
     twice = visitor.red_part()
     assert once - nothing > 0.02
     assert twice - nothing == pytest.approx(2 * (once - nothing), rel=0.1)
@@ -411,7 +418,7 @@ def test_what_is_marked_by_numbers_is_seen_in_the_editor(visit, photo, tmp_path)
     visitor.mark(10, 10, 20, 20, "Mark the object in its middle")
     visitor.press("Unmark everything")
     assert "Nothing is marked" in visitor.status.inner_text()
-    visitor.page.wait_for_timeout(1000)
+    visitor.rest()
     assert visitor.red_part() == pytest.approx(nothing, abs=0.002)
 
 
@@ -499,7 +506,7 @@ def test_every_control_has_a_name(visit, photo):
         assert found == []
 
     visitor.page.locator("#settings button").first.click()
-    visitor.page.wait_for_timeout(500)
+    visitor.rest()
     check()
     page = visitor.page
     for name in ("Upload file", "Capture from camera", "Paste from clipboard"):
@@ -628,7 +635,7 @@ def test_an_example_brings_its_mask(visit):
     visitor = visit()
     visitor.page.locator("#examples").get_by_text("The spoon").click()
     visitor.page.wait_for_selector("#clicked img")
-    visitor.page.wait_for_timeout(1500)
+    visitor.rest()
     visitor.set_steps(3)
     visitor.run()
 

@@ -135,13 +135,15 @@ STREAM = r"""
   const plain = window.fetch.bind(window);
   const sending = new Set(); // events on their way to the server
   const due = new Set(); // ids of those it has taken and not answered
+  const early = new Set(); // ids of those that were answered before the client was told that they are taken
+  const encoder = new TextEncoder();
   let ended = Promise.resolve(); // that the client has seen the last stream's end
 
   const send = async (request) => {
     const response = plain(...request);
     const noted = response
       .then((taken) => taken.clone().json())
-      .then(({ event_id }) => event_id && due.add(event_id))
+      .then(({ event_id }) => event_id && !early.delete(event_id) && due.add(event_id))
       .catch(() => {}); // refused, or not sent: the client sees to that
     sending.add(noted);
     await noted;
@@ -153,7 +155,6 @@ STREAM = r"""
   // Hands on all messages but the one that ends the stream, which is returned; null if there is none.
   const handOn = async (body, controller) => {
     const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-    const encoder = new TextEncoder();
     let text = "";
     for (;;) {
       const { done, value } = await reader.read();
@@ -162,14 +163,19 @@ STREAM = r"""
       text = messages.pop();
       for (const message of messages) {
         const { msg, event_id } = JSON.parse(message.replace(/^data: /, ""));
-        if (msg === "close_stream") return encoder.encode(message + "\n\n");
-        if (msg === "process_completed") due.delete(event_id);
+        if (msg === "close_stream") {
+          reader.cancel().catch(() => {}); // else the connection is kept
+          return encoder.encode(message + "\n\n");
+        }
+        if (msg === "process_completed" && !due.delete(event_id)) early.add(event_id);
         controller.enqueue(encoder.encode(message + "\n\n"));
       }
     }
   };
 
   const listen = async (request) => {
+    // The client was told late that an event is taken, and has its answer already.
+    if (!due.size && !sending.size) return new Response('data: {"msg": "close_stream"}\n\n');
     const first = await plain(request.clone());
     if (!first.ok) return first;
     const start = async (controller) => {
