@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from diffusers_moebius.demo import inpainting
+from diffusers_moebius.demo import inpainting, interface
 from diffusers_moebius.demo.examples import EXAMPLES
 from diffusers_moebius.demo.inpainting import Settings, Step, clean_latents, generate
 from diffusers_moebius.demo.interface import Demo, Session, _friendly, parse_number
@@ -259,6 +259,31 @@ def test_out_of_sight_the_editor_does_not_count(demo, session):
     assert demo.current_mask(session, editor).sum() == 1000
     session.in_editor = True
     assert not demo.current_mask(session, editor).any()
+
+
+def test_an_editor_that_is_drawn_late_takes_no_mark_back(demo, session, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(interface.time, "monotonic", lambda: now)
+
+    def editor(mask):
+        layer = np.zeros((200, 300, 4), np.uint8)
+        layer[mask] = 255
+        return {"background": np.zeros((200, 300, 4), np.uint8), "layers": [layer], "composite": None}
+
+    def mark(row):
+        session.mask = session.mask.copy()
+        session.mask[row] = True
+        return session.to_editor()
+
+    nothing = session.to_editor()
+    first, second = mark(10), mark(20)
+    for late in (nothing, first):
+        assert demo.current_mask(session, editor(late)).sum() == 600
+    painted = second.copy()
+    painted[30] = True
+    assert demo.current_mask(session, editor(painted)).sum() == 900
+    now += interface.REDRAW_SECONDS + 0.1
+    assert demo.current_mask(session, editor(nothing)).sum() == 0  # all was erased since
 
 
 def test_rectangles_in_percent(demo, session):

@@ -49,6 +49,7 @@ SESSION_SECONDS = 3600
 # An upload is kept for so long after its use, since gradio keeps equal files of equal names at one place: another
 # visitor may have sent the same, and wait for their turn.
 UPLOAD_SECONDS = 60
+REDRAW_SECONDS = 4  # a slow machine takes so long to draw the editor anew
 MAX_WAITING = 32
 DEFAULT_CONTEXT = 50
 MAX_STEPS = 100
@@ -69,6 +70,8 @@ class Session:
         self.mask: np.ndarray | None = None  # in the size of the view
         # Whether the editor holds the mask: while it is out of sight it takes no layer, and this mask counts.
         self.in_editor = True
+        self.shown: np.ndarray | None = None  # what the editor holds, as far as is known
+        self.outdated: list[tuple[float, np.ndarray]] = []  # what it held, until when it may still send it
         self.embeddings = None
         self.result: Photo | None = None
         self.result_view: Image.Image | None = None
@@ -87,6 +90,21 @@ class Session:
         for path in self.folder.iterdir():
             if path != self.stop_flag:
                 path.unlink(missing_ok=True)
+
+    def to_editor(self) -> np.ndarray:
+        """The mask for the editor; until that has drawn it, it goes on to send what it held before."""
+        now = time.monotonic()
+        self.outdated = [(until, mask) for until, mask in self.outdated if until > now]
+        if self.shown is not None:
+            self.outdated.append((now + REDRAW_SECONDS, self.shown))
+        self.in_editor, self.shown = True, self.mask
+        return self.mask
+
+    def from_editor(self, painted: np.ndarray) -> None:
+        """Takes the mask that the editor sends, unless it has not drawn yet what it was given."""
+        now = time.monotonic()
+        if not any(until > now and np.array_equal(painted, mask) for until, mask in self.outdated):
+            self.mask = self.shown = painted
 
     def begin_run(self) -> Path:
         """A flag for a new run; the one before, if it still goes on, is told to stop."""
@@ -232,7 +250,7 @@ class Demo:
     def current_mask(self, session: Session, editor: dict | None) -> np.ndarray:
         """What the visitor has marked, by brush and clicks."""
         if session.in_editor and editor is not None and editor.get("background") is not None:
-            session.mask = painted_mask(editor["layers"], session.view.size)
+            session.from_editor(painted_mask(editor["layers"], session.view.size))
         return session.mask
 
     def box(self, session: Session, rectangle: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
@@ -524,8 +542,8 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
 
         def edited(session: Session) -> dict:
             """What the editor is given."""
-            session.in_editor = True
-            layers = [mask_layer(session.mask)] if session.mask.any() else []
+            mask = session.to_editor()
+            layers = [mask_layer(mask)] if mask.any() else []
             value = {"background": session.view, "layers": layers, "composite": None}
             # The canvas has the size of the photo: the editor puts a layer in the middle of its canvas.
             return gr.update(value=value, canvas_size=session.view.size)
