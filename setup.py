@@ -32,7 +32,6 @@ EXTRAS["dev"] = sorted(
         "playwright>=1.49",
         "hypothesis>=6.100",
         "pytest>=8.0",
-        "pytest-rerunfailures>=15.0",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.9",
