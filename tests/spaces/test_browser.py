@@ -401,6 +401,33 @@ def test_an_event_that_crosses_the_end_of_the_stream_is_answered(visit, photo):
     visitor.mark(0, 50, 20, 20)
 
 
+# The page is told late that its events were taken: their answers come first.
+LATE_TAKING = r"""
+const plain = window.fetch.bind(window);
+window.fetch = async (...request) => {
+  const response = await plain(...request);
+  if (String(request[0]?.url ?? request[0]).includes("/queue/join"))
+    await new Promise((resolve) => setTimeout(resolve, 1500));
+  return response;
+};
+"""
+
+
+def test_events_that_are_answered_before_they_are_taken(visit, photo):
+    visitor = visit(script=LATE_TAKING)
+    visitor.upload(photo)
+    visitor.go_to("Click to select")  # without the editor, which takes its time
+    visitor.mark(0, 0, 20, 20)
+    for k in (1, 2, 3):
+        visitor.page.get_by_label("Left (%)").fill(str(20 * k))
+        visitor.page.get_by_role("button", name="Mark the rectangle", exact=True).click()
+        visitor.page.wait_for_timeout(900)
+    sync_api.expect(visitor.status).to_contain_text("Marked: 16 %", timeout=TIMEOUT)
+    visitor.rest()  # also no stream is left open
+    visitor.mark(80, 0, 20, 20)
+    assert "20 %" in visitor.status.inner_text()
+
+
 def test_what_is_marked_by_numbers_is_seen_in_the_editor(visit, photo, tmp_path):
     visitor = visit()
     grey = tmp_path / "grey.png"
