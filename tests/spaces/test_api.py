@@ -82,9 +82,7 @@ def test_what_is_wrong_gives_an_error_and_the_next_call_works(client, downloads,
 
 
 def test_uploads_are_deleted_after_use(client, downloads, photo, mask, monkeypatch):
-    from diffusers_moebius.demo import interface
-
-    monkeypatch.setattr(interface, "UPLOAD_SECONDS", 0.5)
+    monkeypatch.setattr("diffusers_moebius.demo.session.UPLOAD_SECONDS", 0.5)
     folder = Path(get_upload_folder())
     before = set(folder.rglob("*.png"))
     predict(client, photo, mask)
@@ -95,9 +93,7 @@ def test_uploads_are_deleted_after_use(client, downloads, photo, mask, monkeypat
 
 
 def test_visitors_may_send_the_same_files_at_once(demo_url, tmp_path, photo, mask, monkeypatch):
-    from diffusers_moebius.demo import interface
-
-    monkeypatch.setattr(interface, "UPLOAD_SECONDS", 30)
+    monkeypatch.setattr("diffusers_moebius.demo.session.UPLOAD_SECONDS", 30)
     clients = [Client(demo_url, verbose=False, download_files=str(tmp_path / name)) for name in "abc"]
     arguments = {"photo": handle_file(str(photo)), "mask": handle_file(str(mask)), "steps": 20, "seed": 3}
     jobs = [client.submit(api_name="/predict", **arguments) for client in clients]

@@ -8,13 +8,14 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from diffusers_moebius.demo import inpainting, interface
+from diffusers_moebius.demo import inpainting
 from diffusers_moebius.demo.examples import EXAMPLES
 from diffusers_moebius.demo.inpainting import Settings, Step, clean_latents, generate
-from diffusers_moebius.demo.interface import Demo, Session, _friendly, parse_number
+from diffusers_moebius.demo.interface import Demo, _friendly, parse_number
 from diffusers_moebius.demo.models import NANO, OWN, ModelShelf, parse_repository
 from diffusers_moebius.demo.photos import VIEW_SIDE, VisitorError, open_photo
 from diffusers_moebius.demo.selection import ObjectSelector, SelectionUnavailable
+from diffusers_moebius.demo.session import REDRAW_SECONDS, Session
 
 SETTINGS = Settings(steps=6, guidance=None, seed=3, context=32, color_compensation=False)
 
@@ -263,7 +264,7 @@ def test_out_of_sight_the_editor_does_not_count(demo, session):
 
 def test_an_editor_that_is_drawn_late_takes_no_mark_back(demo, session, monkeypatch):
     now = 100.0
-    monkeypatch.setattr(interface.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
 
     def editor(mask):
         layer = np.zeros((200, 300, 4), np.uint8)
@@ -282,7 +283,7 @@ def test_an_editor_that_is_drawn_late_takes_no_mark_back(demo, session, monkeypa
     painted = second.copy()
     painted[30] = True
     assert demo.current_mask(session, editor(painted)).sum() == 900
-    now += interface.REDRAW_SECONDS + 0.1
+    now += REDRAW_SECONDS + 0.1
     assert demo.current_mask(session, editor(nothing)).sum() == 0  # all was erased since
 
 

@@ -1,6 +1,5 @@
 """The page of the demo: its controls, what they do, and the API."""
 
-import contextlib
 import functools
 import html
 import inspect
@@ -8,9 +7,7 @@ import logging
 import os
 import random
 import tempfile
-import threading
 import time
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,15 +38,12 @@ from .photos import (
     show_mask,
 )
 from .selection import ObjectSelector, SelectionUnavailable
+from .session import Session, delete_upload, remove_folder
 
 logger = logging.getLogger(__name__)
 
 # What a visitor leaves behind is deleted when the page is closed, and after so many seconds in any case.
 SESSION_SECONDS = 3600
-# An upload is kept for so long after its use, since gradio keeps equal files of equal names at one place: another
-# visitor may have sent the same, and wait for their turn.
-UPLOAD_SECONDS = 60
-REDRAW_SECONDS = 4  # a slow machine takes so long to draw the editor anew
 MAX_WAITING = 32
 DEFAULT_CONTEXT = 50
 MAX_STEPS = 100
@@ -59,92 +53,6 @@ FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 THEME_FONTS = {"font": FONTS, "font_mono": ["ui-monospace", "Menlo", "Consolas", "monospace"]}
 INTRODUCTION = """# Remove things from photos
 Choose a photo, paint over what should go, press **Remove**. Everything else stays as it is, pixel by pixel."""
-
-
-class Session:
-    """One visitor's photo, mask and results. It is compared and hashed by identity, as gradio does with states."""
-
-    def __init__(self):
-        self.photo: Photo | None = None
-        self.view: Image.Image | None = None
-        self.mask: np.ndarray | None = None  # in the size of the view
-        # Whether the editor holds the mask: while it is out of sight it takes no layer, and this mask counts.
-        self.in_editor = True
-        self.shown: np.ndarray | None = None  # what the editor holds, as far as is known
-        self.outdated: list[tuple[float, np.ndarray]] = []  # what it held, until when it may still send it
-        self.embeddings = None
-        self.result: Photo | None = None
-        self.result_view: Image.Image | None = None
-        self.result_mask: np.ndarray | None = None
-        self.folder = Path(tempfile.mkdtemp(prefix="moebius-demo-"))
-        self._remove_folder = weakref.finalize(self, _remove_folder, self.folder)
-        self.stop_flag = self.folder / "stop"
-
-    def open(self, photo: Photo, mask: np.ndarray | None = None) -> None:
-        """Begins with a photo, and forgets the one before."""
-        self.stop()
-        self.photo, self.view = photo, photo.view()
-        size = self.view.size
-        self.mask = np.zeros((size[1], size[0]), bool) if mask is None else scale_mask(mask, size)
-        self.embeddings = self.result = self.result_view = self.result_mask = None
-        for path in self.folder.iterdir():
-            if path != self.stop_flag:
-                path.unlink(missing_ok=True)
-
-    def to_editor(self) -> np.ndarray:
-        """The mask for the editor; until that has drawn it, it goes on to send what it held before."""
-        now = time.monotonic()
-        self.outdated = [(until, mask) for until, mask in self.outdated if until > now]
-        if self.shown is not None:
-            self.outdated.append((now + REDRAW_SECONDS, self.shown))
-        self.in_editor, self.shown = True, self.mask
-        return self.mask
-
-    def from_editor(self, painted: np.ndarray) -> None:
-        """Takes the mask that the editor sends, unless it has not drawn yet what it was given."""
-        now = time.monotonic()
-        if not any(until > now and np.array_equal(painted, mask) for until, mask in self.outdated):
-            self.mask = self.shown = painted
-
-    def begin_run(self) -> Path:
-        """A flag for a new run; the one before, if it still goes on, is told to stop."""
-        self.stop()
-        handle, path = tempfile.mkstemp(prefix="stop-", dir=self.folder)
-        os.close(handle)
-        self.stop_flag = Path(path)
-        self.stop_flag.unlink()
-        return self.stop_flag
-
-    def stop(self) -> None:
-        """Stops the run that goes on, if any."""
-        if self.folder.exists():
-            self.stop_flag.touch()
-
-    def close(self) -> None:
-        """Stops, and deletes what is on the disk."""
-        self.stop()
-        self._remove_folder()
-
-
-def _remove_folder(folder: Path) -> None:
-    if folder.exists():
-        for path in folder.iterdir():
-            path.unlink(missing_ok=True)
-        folder.rmdir()
-
-
-def _delete_upload(path: str) -> None:
-    """Deletes a file that was used, a little later and if it has not been sent again since."""
-    used = time.time()
-
-    def delete() -> None:
-        with contextlib.suppress(OSError):
-            if os.path.getmtime(path) <= used:
-                os.unlink(path)
-
-    timer = threading.Timer(UPLOAD_SECONDS, delete)
-    timer.daemon = True  # a server that ends deletes all uploads
-    timer.start()
 
 
 def _friendly(function):
@@ -316,9 +224,9 @@ class Demo:
             gradio_copy = gr.processing_utils.save_file_to_cache(path, cache_dir=gr.utils.get_upload_folder())
             return gradio_copy, self.describe(name, settings, edge_margin)
         finally:
-            _remove_folder(folder)
+            remove_folder(folder)
             for path in (photo, mask):
-                _delete_upload(path)
+                delete_upload(path)
 
     def describe(self, model: str, settings: Settings, edge_margin: float) -> dict:
         """The settings as they are shown."""
@@ -576,7 +484,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
                 gr.Warning(str(error), duration=None, title="Another photo, please")
                 return {upload: None, status: _status(str(error))}
             finally:
-                _delete_upload(path)
+                delete_upload(path)
             return show(session)
 
         # Not `input`, which neither the camera nor the clipboard's button is.
