@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 import typer
 from PIL import Image
 
-from .image_files import ImageMetadata, check_output, read_image, write_image
+from .pictures.files import ImageMetadata, check_output, read_image, write_image
 
 if TYPE_CHECKING:  # Torch takes seconds to import: `--help` and bad arguments do without.
     import torch
@@ -451,7 +451,8 @@ def _read_job(
     if job.preview is not None:
         check_output(job.preview, "RGB", overwrite=overwrite)
 
-    from .image_processing import load_masks, load_pictures, mask_values
+    from .pictures.mask import load_masks, mask_values
+    from .pictures.picture import load_pictures
 
     try:
         values = mask_values(mask) if mask_threshold is not None else None
@@ -473,7 +474,7 @@ def _inpaint_job(
     import torch
     from diffusers.utils import make_image_grid, numpy_to_pil
 
-    from .image_processing import load_pictures
+    from .pictures.picture import load_pictures
 
     photo, mask, metadata = _read_job(job, mask_threshold, overwrite)
     pipeline.set_progress_bar_config(desc=job.photo.name, disable=None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..image_files import ImageMetadata
+from ..pictures.files import ImageMetadata
 from .photos import Photo, polygon_mask
 
 

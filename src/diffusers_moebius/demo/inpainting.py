@@ -14,7 +14,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler
 from PIL import Image
 
 from .. import MoebiusInpaintPipeline
-from ..image_processing import load_pictures
+from ..pictures.picture import load_pictures
 from .models import ModelShelf
 from .photos import VisitorError, scale_mask
 

@@ -17,7 +17,8 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ..image_processing import dilate_mask, load_masks, load_pictures, mask_values
+from ..pictures.mask import dilate_mask, load_masks, mask_values
+from ..pictures.picture import load_pictures
 from .browser import ADD_SHIFT, CSS, EDITOR_HEIGHT, HEAD
 from .examples import available_examples
 from .inpainting import Settings, Step, generate, set_shelf

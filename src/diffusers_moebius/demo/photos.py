@@ -8,8 +8,9 @@ import numpy as np
 from diffusers.utils import numpy_to_pil
 from PIL import Image, ImageDraw
 
-from ..image_files import ImageMetadata, read_image, write_image
-from ..image_processing import dilate_mask, load_pictures
+from ..pictures.files import ImageMetadata, read_image, write_image
+from ..pictures.mask import dilate_mask
+from ..pictures.picture import load_pictures
 
 MAX_FILE_MEGABYTES = 50
 MAX_MEGAPIXELS = 50

@@ -20,28 +20,24 @@ from diffusers.schedulers import KarrasDiffusionSchedulers, UniPCMultistepSchedu
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..image_processing import (
-    MASKED_CONTENT,
-    MAX_ASPECT_RATIO,
-    OUTPUT_TYPES,
-    PASTE_MODES,
-    Picture,
-    crop_region,
-    dilate_mask,
-    fill_hole,
-    load_masks,
-    load_pictures,
-    pad_to_multiple,
-    paste_fill,
-    resize,
-    resize_mask,
-    working_size,
-)
 from ..loaders.lora import MoebiusLoraLoaderMixin
 from ..loaders.pipeline_loader import MoebiusLoaderMixin
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
+from ..pictures.mask import dilate_mask, load_masks
+from ..pictures.paste import PASTE_MODES, paste_fill
+from ..pictures.picture import OUTPUT_TYPES, Picture, load_pictures
+from ..pictures.region import (
+    MASKED_CONTENT,
+    MAX_ASPECT_RATIO,
+    crop_region,
+    fill_hole,
+    pad_to_multiple,
+    resize,
+    resize_mask,
+    working_size,
+)
 
 logger = logging.get_logger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, ImageOps, JpegImagePlugin
 
-from diffusers_moebius.image_files import ImageMetadata, check_output, read_image, write_image
+from diffusers_moebius.pictures.files import ImageMetadata, check_output, read_image, write_image
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
