@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import USE_PEFT_BACKEND, get_peft_kwargs
 from safetensors import SafetensorError, safe_open
 
-from ..models.adapter_layers import adapter_layers, check_adapters_fused, remove_fused_adapters
+from ..models.fusion import adapter_layers, check_adapters_fused, remove_fused_adapters
 from .pipeline_loader import HUB_ARGUMENTS, ModelSource
 
 LORA_SOURCE = "pretrained_model_name_or_path_or_dict"
