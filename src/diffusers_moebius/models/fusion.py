@@ -202,12 +202,14 @@ def fuse_for_inference(unet: nn.Module) -> None:
         unet ([`MoebiusUNet2DModel`]): The model, which is changed. A second time changes nothing.
 
     Raises:
-        ValueError: If the model is in train mode, or LoRA adapters are active and not fused.
+        ValueError: If the model is in train mode or quantized, or LoRA adapters are active and not fused.
     """
     if unet.is_fused:
         return
     if unet.training:
         raise ValueError("In train mode BatchNorm follows the batch and cannot be folded: call `eval()` first.")
+    if getattr(unet, "hf_quantizer", None) is not None:
+        raise ValueError("Quantized weights cannot be folded or cut up: load the model without `quantization_config`.")
     remove_fused_adapters(unet)
     for parent in list(unet.modules()):
         if hasattr(parent, "add"):  # a block

@@ -543,13 +543,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         categories = [
             self.lcg_embedder.category_ids(category, len(latents), device) for category in ("foreground", "background")
         ]
-        category_embeds = self.lcg_embedder(torch.cat(categories)).to(dtype)  # [2 * B, tokens, dim]
+        category_embeds = self.lcg_embedder(torch.cat(categories)).embeds.to(dtype)  # [2 * B, tokens, dim]
         background_embeds = category_embeds.chunk(2)[1]
-
-        # What the layers compute from the tokens alone is kept for the run; a callback may change tokens or adapters.
-        guided_kwargs, background_kwargs = {}, {}
-        if callback_on_step_end is None and "context_cache" in inspect.signature(self.unet.forward).parameters:
-            guided_kwargs, background_kwargs = {"context_cache": {}}, {"context_cache": {}}
 
         for i, t in enumerate(timesteps):
             if self.interrupt:
@@ -564,7 +559,6 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                     t,
                     encoder_hidden_states=category_embeds,
                     return_dict=False,
-                    **guided_kwargs,
                 )[0].float()
                 noise_pred_foreground, noise_pred_background = noise_pred.chunk(2)
                 noise_pred = noise_pred_foreground + guidance_scale * (noise_pred_background - noise_pred_foreground)
@@ -574,7 +568,6 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                     t,
                     encoder_hidden_states=background_embeds,
                     return_dict=False,
-                    **background_kwargs,
                 )[0].float()
 
             latents = scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
