@@ -192,18 +192,7 @@ REPLACEMENTS = {
 
 
 def fuse_for_inference(unet: nn.Module) -> None:
-    """
-    Folds every BatchNorm into the layer before it, and puts the faster layers of this file in the place of others.
-
-    The function of the model stays the same but for rounding. It can no longer be trained or saved; to undo it, load
-    the model again. LoRA adapters that have been fused become part of the weights.
-
-    Args:
-        unet ([`MoebiusUNet2DModel`]): The model, which is changed. A second time changes nothing.
-
-    Raises:
-        ValueError: If the model is in train mode or quantized, or LoRA adapters are active and not fused.
-    """
+    """Folds every BatchNorm and puts the faster layers in place: see [`MoebiusUNet2DModel.fuse_for_inference`]."""
     if unet.is_fused:
         return
     if unet.training:

@@ -259,13 +259,7 @@ class InteractiveLambda(LambdaLayer):
     _available_processors = [InteractiveLambdaProcessor, FastInteractiveLambdaProcessor]
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        cross_attention_dim: int,
-        context_length: int,
-        grid_size: int,
-        processor=None,
+        self, dim: int, num_heads: int, cross_attention_dim: int, context_length: int, grid_size: int, processor=None
     ):
         super().__init__(dim, num_heads, processor)
         self.grid_size = grid_size
@@ -776,7 +770,7 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
 
     def fuse_for_inference(self) -> None:
         """
-        Puts faster layers in the place of those that only training needs ([`fuse_for_inference`]).
+        Folds every BatchNorm into the layer before it, and puts faster layers in the place of others (`fusion.py`).
 
         The function of the model stays the same but for rounding. It can no longer be trained or saved; to undo it,
         load the model again. LoRA adapters that have been fused become part of the weights.
