@@ -23,12 +23,14 @@ class Source(NamedTuple):
         items (`Iterable[Item]`): The photos; read from the disk as they are asked for.
         total (`int`, *optional*): How many there are, where that is known beforehand.
         left_out (`list[str]`): Files beside them that are no pictures.
+        has_folders (`bool`): Whether there are folders beside them that are left out.
         is_single (`bool`): Whether it is a photo and not a collection of them.
     """
 
     items: Iterable[Item]
     total: int | None = None
     left_out: list[str] = []
+    has_folders: bool = False
     is_single: bool = False
 
 
@@ -73,7 +75,8 @@ def find_photos(photo: Path, mask: Path | None, recursive: bool = False) -> Sour
         same_name = [candidate for candidate in masks if candidate.name == path.name]
         return Item(relative.as_posix(), path, same_name or masks)
 
-    return Source(map(item, photos), len(photos), left_out)
+    has_folders = not recursive and any(p.is_dir() and not p.name.startswith(".") for p in photo.iterdir())
+    return Source(map(item, photos), len(photos), left_out, has_folders)
 
 
 def _list_pictures(folder: Path, recursive: bool) -> tuple[list[Path], list[str]]:

@@ -241,6 +241,8 @@ def inpaint(
     check_device(device)
     adapters = [split_scale(value) for value in lora or []]
     source = find_photos(photo, mask, recursive)
+    if source.has_folders:
+        note(f"{photo} has folders in it, which are left out; `--recursive` takes them, too")
     sink = _make_sink(source, photo, output, output_pattern, output_format, shard_size, overwrite, preview)
 
     def load() -> "MoebiusInpaintPipeline":
