@@ -16,6 +16,8 @@ CORE = [
 ]
 EXTRAS = {
     "examples": ["scikit-image>=0.24"],
+    "heic": ["pillow-heif>=0.18"],  # photos of phones; not in the core for its size (6 MB) and x265's licence (GPL)
+    "parquet": ["pyarrow>=15"],
     "lora": ["peft>=0.17"],
     "train": ["datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.16", "peft>=0.17", "transformers>=4.56"],
     "perceptual": ["elatentlpips>=0.2"],
@@ -29,6 +31,8 @@ EXTRAS["dev"] = sorted(
         *EXTRAS["train"],
         *EXTRAS["eval"],
         *EXTRAS["demo"],
+        *EXTRAS["heic"],
+        *EXTRAS["parquet"],
         "playwright>=1.49",
         "hypothesis>=6.100",
         "pytest>=8.0",

@@ -641,10 +641,11 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
                 The photos. NumPy arrays are `[H, W]`, `[H, W, C]` or `[B, H, W, C]`, torch tensors `[H, W]`,
-                `[C, H, W]` or `[B, C, H, W]`, both `uint8`, `uint16` or floats from 0 to 1 (a range of [-1, 1] is
-                refused). Grey, palette, RGB, CMYK, 16-bit grey and pictures with an alpha channel are accepted. A list
-                may mix sizes. Both sides have at least 16 px, and one is at most 16 times the other. EXIF orientation
-                is not applied: a picture is taken as its pixels lie.
+                `[C, H, W]` or `[B, C, H, W]`, both `uint8`, `uint16` or floats from 0 to 1, or from -1 to 1 if
+                any is below -0.25 (results are from 0 to 1 all the same). Grey, palette, RGB, CMYK, 16-bit grey and
+                pictures with an alpha channel are accepted. A list may mix sizes. Both sides have at least 16 px, and
+                one is at most 16 times the other. EXIF orientation is not applied: a picture is taken as its pixels
+                lie.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
                 White is filled, from `mask_threshold` on. One mask for all photos or one each, of the photo's size or
                 at least its aspect ratio; also boolean, or of whole numbers 0 and 1. A mask with an alpha channel that
