@@ -24,6 +24,7 @@ EXTRAS = {
     "demo": ["gradio>=6.0", "scikit-image>=0.24", "transformers>=4.56"],
     "eval": ["opencv-python-headless>=4.10", "scikit-image>=0.24"],
     "bench": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
+    "lpips": ["lpips>=0.1.4"],  # brings torchvision, and downloads AlexNet; without it LPIPS takes weights from a file
     "fid": ["torch-fidelity>=0.3"],  # brings torchvision; without it the FID takes Inception as TorchScript
 }
 EXTRAS["dev"] = sorted(
