@@ -643,8 +643,8 @@ def test_an_interruption_finishes_the_photo_at_hand_and_says_how_to_go_on(moebiu
     arguments = ("inpaint", "album", "masks", "-o", "results", "--model", model, "--steps", 2)
     code, out, err = moebius(*arguments)
     assert (code, out) == (130, ["results/a.png", "results/b.png"])
-    assert len(err) == 2 and "the photo at hand" in err[0]
-    assert "stopped after 2 of 3 photos; the same command goes on" in err[1]
+    assert "the photo at hand" in err[-2]
+    assert "stopped after 2 of 3 photos; the same command goes on" in err[-1]
     assert sorted(os.listdir("results")) == ["a.png", "b.png"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert moebius(*arguments)[:2] == (0, ["results/c.png"])
@@ -782,6 +782,7 @@ def test_closed_pipe_ends_quietly():
     assert process.wait() == 130
 
 
+@pytest.mark.slow
 def test_unreachable_hub_is_one_line(folder, tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
     process = subprocess.run(

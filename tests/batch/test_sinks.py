@@ -106,3 +106,9 @@ class TestShards:
     def test_formats_that_cannot_be_written(self, tmp_path, suffix):
         with pytest.raises(ValueError, match=r"suffix '.xyz'"):
             ShardSink(tmp_path, suffix, size=2).check(read("a.xyz"))
+
+    def test_two_photos_of_one_name_are_an_error_of_the_second(self, tmp_path, suffix):
+        sink = ShardSink(tmp_path, suffix, size=2)
+        sink.check(read("a.png"))
+        with pytest.raises(ValueError, match=r"two photos of the name a\.png"):
+            sink.check(read("a.png"))
