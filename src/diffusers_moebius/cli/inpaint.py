@@ -82,7 +82,7 @@ def inpaint(
     mask: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[MASK]",
+            metavar="MASK",
             exists=True,
             help="A picture of the photo's size or aspect ratio: white is filled, black is kept. If it has an alpha"
             " channel, opaque is filled and transparent is kept, whatever the colour (see --mask-from). Or a folder of"
