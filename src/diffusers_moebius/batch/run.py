@@ -93,7 +93,7 @@ def inpaint_items(
                 yield Outcome(photo.item, [], photo.remarks, seconds + share, result)
             else:
                 writes.append((photo, seconds + share, writers.submit(write, photo, result)))
-        while len(writes) > 2 * _THREADS or (writes and writes[0][2].done()):
+        while len(writes) > _THREADS or (writes and writes[0][2].done()):
             yield finished(*writes.popleft())
 
     def finished(photo: Photo, seconds: float, future: Future) -> Outcome:
