@@ -14,7 +14,7 @@ from PIL import Image
 from ..pictures.mask import dilate_mask
 from .examples import available_examples
 from .inpainting import Settings, Step, generate, set_shelf
-from .models import NANO, OWN, ModelShelf, on_zero_gpu
+from .models import OWN, ModelShelf, on_zero_gpu
 from .photos import Photo, VisitorError, context_pixels, mask_url, painted_mask, picture_url, save_photo, scale_mask
 from .selection import ObjectSelector, snap_to_edges
 from .session import Session, Version
@@ -165,7 +165,8 @@ class Demo:
         source = self.shelf.resolve(model, own)
         if not self.shelf.is_loaded(source):
             yield "note", "Loading the model; the first time takes a moment…"
-        settings = [self.settings(source, grown, seed=seed + k, **options) for k in range(count)]
+        seeds = [(checked("seed", seed, 0, 2**32 - 1) + k) % 2**32 for k in range(count)]
+        settings = [self.settings(source, grown, seed=each, **options) for each in seeds]
         self.shelf.get(source)
         yield "note", "Starting…"
         start, results = time.monotonic(), []
@@ -195,14 +196,6 @@ class Demo:
                 for result, each in zip(results, settings)
             ],
         )
-
-    def preview_url(self, picture: Image.Image) -> str:
-        """A picture on the way, as the editor takes it."""
-        return picture_url(picture)
-
-    def candidates(self, session: Session, ids: list[int]) -> list[dict]:
-        """Finished removals as the editor takes them."""
-        return [{"id": each, "url": picture_url(session.version(each).photo.view())} for each in ids]
 
     def write(self, session: Session, marked: str | dict, file_format: str) -> Path:
         """The file of the version that is shown, `"PNG"` or `"JPEG"`, or of the `"mask"` that it was made by."""
@@ -242,7 +235,3 @@ class Demo:
         if description["color_compensation"]:
             parts.append("--color-compensation")
         return " ".join(parts)
-
-    def is_small(self, model: str) -> bool:
-        """Whether a choice of the list is the bundled model."""
-        return model == NANO

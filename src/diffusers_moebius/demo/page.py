@@ -11,8 +11,9 @@ import gradio as gr
 
 from .api import add_api
 from .handlers import DEFAULT_CONTEXT, MAX_CANDIDATES, MAX_STEPS, Demo, friendly, parse_number
-from .models import FULL, FULL_GIGABYTES, OWN
-from .photos import MAX_FILE_MEGABYTES, MAX_MEGAPIXELS, VisitorError, open_photo
+from .models import FULL, FULL_GIGABYTES, NANO, OWN
+from .photos import MAX_FILE_MEGABYTES, MAX_MEGAPIXELS, VisitorError, open_photo, picture_url
+from .selection import SelectionUnavailable
 from .session import Session, delete_upload
 
 # What a visitor leaves behind is deleted when the page is closed, and after so many seconds in any case.
@@ -59,9 +60,9 @@ def duration(seconds: float) -> str:
     return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} min"
 
 
-def _tell(action: str, **values) -> dict:
-    """A command for the editor."""
-    return {"do": action, "number": random.random(), **values}
+def _tell(do: str, **values) -> dict:
+    """A command for the editor; its number makes it another than the one before, which would be no news."""
+    return {"do": do, "number": random.random(), **values}
 
 
 class Page:
@@ -159,154 +160,143 @@ class Page:
     # --- what happens
 
     def connect(self) -> None:
-        self._connect_photo()
-        self._connect_marks()
-        self._connect_run()
-        self._connect_result()
-
-    def _connect_photo(self) -> None:
-        opened = [
-            self.state,
-            self.editor,
-            self.upload,
-            self.upload_part,
-            self.work_part,
-            self.result_part,
-            self.status,
-        ]
-
-        def show(session: Session, told: dict) -> dict:
-            width, height = session.versions[told["photo"]["id"]].photo.image.size
-            return {
-                self.state: session,
-                self.editor: _tell(told.pop("do"), **told),
-                **arrange(True),
-                self.status: status_text(f"{width}×{height} pixels."),
-            }
-
-        @friendly()
-        def open_upload(session, file):
-            if file is None:  # as it is when the photo has been taken from the component
-                # Not `gr.skip()` for all: an update makes a new component for the visitor, without our preprocessing.
-                return {self.upload: None}
-            path, name = file
-            session = session or Session()
-            try:
-                return show(session, self.demo.open(session, open_photo(path, name)))
-            except VisitorError as error:
-                gr.Warning(str(error), duration=None, title="Another photo, please")
-                return {self.upload: None, self.status: status_text(str(error))}
-            finally:
-                delete_upload(path)
-
-        @friendly()
-        def open_example(session, event: gr.SelectData):
-            session = session or Session()
-            page = show(session, self.demo.open(session, *self.demo.examples[event.index].load()))
-            return page | {self.status: status_text("What is tinted red is marked. Press Remove.")}
-
-        def start_again(session):
-            if session is not None:
-                session.close()
-            return {
-                self.state: None,
-                self.editor: _tell("close"),
-                **arrange(False),
-                self.status: status_text(""),
-            }
-
+        """Says which event calls what."""
+        parts = [self.upload_part, self.work_part, self.actions, self.download, self.result_part]
+        opened = [self.state, self.editor, self.upload, *parts, self.status]
         # Not `input`, which neither the camera nor the clipboard's button is.
-        self.upload.change(open_upload, [self.state, self.upload], opened, **DIRECT)
+        self.upload.change(self._open_upload, [self.state, self.upload], opened, **DIRECT)
         if self.gallery is not None:
-            self.gallery.select(open_example, [self.state], opened, **DIRECT)
-        self.start_again, self.opened = start_again, opened
+            self.gallery.select(self._open_example, [self.state], opened, **DIRECT)
 
-    def _connect_marks(self) -> None:
-        @friendly()
-        def select(session, event: gr.EventData):
-            return _tell(**self._selected(session, event._data)), status_text("")
-
-        def announce(session):
-            return status_text("Looking for what is there…")
-
-        self.editor.select(announce, [self.state], self.status, **DIRECT)
-        self.editor.select(select, [self.state], [self.editor, self.status], **DIRECT)
+        self.editor.select(lambda: status_text("Looking for what is there…"), None, self.status, **DIRECT)
+        self.editor.select(self._select, [self.state], [self.editor, self.status], **DIRECT)
         for slider in (self.margin, self.context):
             slider.input(None, [self.margin, self.context], None, js=SET_MARGINS, **DIRECT)
         self.model.input(lambda name: gr.update(visible=name == OWN), self.model, self.own, **DIRECT)
         self.use_full.click(lambda: (FULL, gr.update(visible=False)), None, [self.model, self.small_part], **DIRECT)
 
-    def _selected(self, session: Session | None, request: dict) -> dict:
-        told = self.demo.select(session or Session(), request)
-        return {"action": told.pop("do"), **told}
-
-    def _connect_run(self) -> None:
-        idle = {self.remove: gr.update(interactive=True), self.stop: gr.update(visible=False)}
-
-        def wait():
-            return {
-                self.remove: gr.update(interactive=False),
-                self.stop: gr.update(visible=True),
-                self.editor: _tell("busy"),
-                self.status: status_text("Waiting for a free place…"),
-            }
-
-        def run(session, marked, model, own, steps, guidance, seed, is_new, count, margin, context, compensate):
-            stop_flag = None
-            try:
-                with friendly():
-                    seed = random.randrange(2**31) if is_new else seed
-                    yield {self.status: status_text("Starting…"), self.seed: seed}
-                    for kind, value in self.demo.run(
-                        session or Session(),
-                        marked,
-                        model,
-                        own,
-                        margin,
-                        count,
-                        seed,
-                        steps=parse_number("steps", steps),
-                        guidance=parse_number("guidance", guidance),
-                        context=context,
-                        color_compensation=compensate,
-                    ):
-                        stop_flag = session.stop_flag
-                        if kind == "done":
-                            yield idle | self._finished(session, value, model)
-                            return
-                        yield self._progress(kind, value)
-                yield idle | {self.status: status_text("Stopped."), self.editor: _tell("idle")}
-            except BaseException as error:
-                # Also when the page is closed, or the event is cancelled: nobody waits for the result any more.
-                if stop_flag is not None and stop_flag.parent.exists():
-                    stop_flag.touch()
-                if isinstance(error, Exception):
-                    yield idle | {self.status: status_text(""), self.editor: _tell("idle")}
-                raise
-
-        def stop_run(session):
-            if session is not None:
-                session.stop()
-            return idle | {self.status: status_text("Stopped."), self.editor: _tell("idle")}
-
+        buttons = [self.remove, self.stop]
         options = [self.model, self.own, self.steps, self.guidance, self.seed, self.new_seed, self.count]
         options += [self.margin, self.context, self.compensate]
         shown = [self.status, self.editor, self.result_part, self.small_part, self.used, self.seed, self.download]
-        running = self.remove.click(wait, None, [self.remove, self.stop, self.editor, self.status], **DIRECT).then(
-            run,
+        running = self.remove.click(self._wait, None, [*buttons, self.editor, self.status], **DIRECT).then(
+            self._run,
             [self.state, self.marked, *options],
-            [*shown, self.remove, self.stop],
+            [*shown, *buttons],
             js=MARKED,
             show_progress="hidden",
             concurrency_limit=1,
             concurrency_id="model",
             api_visibility="private",
         )
-        buttons = [self.remove, self.stop]
-        self.stop.click(stop_run, [self.state], [*buttons, self.status, self.editor], cancels=[running], **DIRECT)
-        self.restart.click(self.start_again, [self.state], self.opened, cancels=[running], **DIRECT).then(
-            lambda: idle, None, buttons, **DIRECT
-        )
+        stopped = [*buttons, self.status, self.editor]
+        self.stop.click(self._stop, [self.state], stopped, cancels=[running], **DIRECT)
+        self.restart.click(self._start_again, [self.state], [*opened, *buttons], cancels=[running], **DIRECT)
+        # The file is written when it is asked for: a PNG of a large photo takes seconds.
+        self.download.click(
+            self._write, [self.state, self.marked, self.file_format], self.file, js=MARKED, **DIRECT
+        ).success(None, js="() => document.querySelector('#file')?.click()", **DIRECT)
+
+    def _arrange(self, is_open: bool) -> dict:
+        """Which parts are seen while a photo is open, or is not."""
+        shown = {self.upload_part: not is_open, self.work_part: is_open, self.actions: is_open}
+        shown |= {self.download: False, self.result_part: False}
+        return {self.upload: None, **{part: gr.update(visible=value) for part, value in shown.items()}}
+
+    def _idle(self, text: str) -> dict:
+        return {
+            self.remove: gr.update(interactive=True),
+            self.stop: gr.update(visible=False),
+            self.editor: _tell("idle"),
+            self.status: status_text(text),
+        }
+
+    def _show(self, session: Session, told: dict, text: str) -> dict:
+        return {
+            self.state: session,
+            self.editor: _tell(**told),
+            **self._arrange(True),
+            self.status: status_text(text),
+        }
+
+    @friendly()
+    def _open_upload(self, session, file):
+        if file is None:  # as it is when the photo has been taken from the component
+            # Not `gr.skip()` for all: an update makes a new component for the visitor, without our preprocessing.
+            return {self.upload: None}
+        path, name = file
+        session = session or Session()
+        try:
+            photo = open_photo(path, name)
+            return self._show(
+                session, self.demo.open(session, photo), f"{photo.image.width}×{photo.image.height} pixels."
+            )
+        except VisitorError as error:
+            gr.Warning(str(error), duration=None, title="Another photo, please")
+            return {self.upload: None, self.status: status_text(str(error))}
+        finally:
+            delete_upload(path)
+
+    @friendly()
+    def _open_example(self, session, event: gr.SelectData):
+        session = session or Session()
+        told = self.demo.open(session, *self.demo.examples[event.index].load())
+        return self._show(session, told, "What is tinted red is marked. Press Remove.")
+
+    @friendly()
+    def _start_again(self, session):
+        if session is not None:
+            session.close()
+        return {self.state: None, **self._idle(""), **self._arrange(False), self.editor: _tell("close")}
+
+    @friendly()
+    def _select(self, session, event: gr.EventData):
+        try:
+            return _tell(**self.demo.select(session or Session(), event._data)), status_text("")
+        except SelectionUnavailable as error:
+            return _tell("add", mask=None), status_text(str(error))
+
+    @friendly()
+    def _wait(self):
+        return {
+            self.remove: gr.update(interactive=False),
+            self.stop: gr.update(visible=True),
+            self.editor: _tell("busy"),
+            self.status: status_text("Waiting for a free place…"),
+        }
+
+    def _run(self, session, marked, model, own, steps, guidance, seed, is_new, count, margin, context, compensate):
+        stop_flag = None
+        try:
+            with friendly():
+                seed = random.randrange(2**31) if is_new else seed
+                yield {self.status: status_text("Starting…"), self.seed: seed}
+                for kind, value in self.demo.run(
+                    session or Session(),
+                    marked,
+                    model,
+                    own,
+                    margin,
+                    count,
+                    seed,
+                    steps=parse_number("steps", steps),
+                    guidance=parse_number("guidance", guidance),
+                    context=context,
+                    color_compensation=compensate,
+                ):
+                    stop_flag = session.stop_flag
+                    if kind == "done":
+                        yield self._idle("") | self._finished(session, value, model)
+                        return
+                    yield self._progress(kind, value)
+            yield self._idle("Stopped.")
+        except BaseException as error:
+            # Also when the page is closed, or the event is cancelled: nobody waits for the result any more.
+            if stop_flag is not None and stop_flag.parent.exists():
+                stop_flag.touch()
+            if isinstance(error, Exception):
+                yield self._idle("")
+            raise
 
     def _progress(self, kind: str, value) -> dict:
         if kind == "note":
@@ -317,28 +307,31 @@ class Page:
             text += f", about {duration(left)} left"
         update = {self.status: status_text(text, step.number, step.total)}
         if step.preview is not None:
-            update[self.editor] = _tell("preview", url=self.demo.preview_url(step.preview))
+            update[self.editor] = _tell("preview", url=picture_url(step.preview))
         return update
 
     def _finished(self, session: Session, ids: list[int], model: str) -> dict:
-        several = " Pick one, or mark the next thing." if len(ids) > 1 else " Mark the next thing, or download."
+        versions = [session.version(each) for each in ids]
+        candidates = [{"id": each, "url": picture_url(v.photo.view())} for each, v in zip(ids, versions)]
+        several = "Pick one, and mark the next thing" if len(ids) > 1 else "Mark the next thing"
         return {
-            self.status: status_text("Done." + several),
-            self.editor: _tell("finish", candidates=self.demo.candidates(session, ids)),
+            self.status: status_text(f"Done. {several}, or download the photo."),
+            self.editor: _tell("finish", candidates=candidates),
             self.download: gr.update(visible=True),
             self.result_part: gr.update(visible=True),
-            self.small_part: gr.update(visible=self.demo.is_small(model)),
-            self.used: "\n".join(session.version(each).command for each in ids),
+            self.small_part: gr.update(visible=model == NANO),
+            self.used: "\n".join(version.command for version in versions),
         }
 
-    def _connect_result(self) -> None:
-        @friendly()
-        def write(session, marked, file_format):
-            return str(self.demo.write(session or Session(), marked, file_format))
+    @friendly()
+    def _stop(self, session):
+        if session is not None:
+            session.stop()
+        return self._idle("Stopped.")
 
-        self.download.click(
-            write, [self.state, self.marked, self.file_format], self.file, js=MARKED, **DIRECT
-        ).success(None, None, None, js="() => document.querySelector('#file a, a#file, #file')?.click()", **DIRECT)
+    @friendly()
+    def _write(self, session, marked, file_format):
+        return str(self.demo.write(session or Session(), marked, file_format))
 
 
 def build_demo(model: str | None = None, selector: str | None = None) -> gr.Blocks:
