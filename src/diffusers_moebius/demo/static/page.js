@@ -13,6 +13,22 @@
     event.preventDefault();
   });
 
+  // Gradio (6.31) loses a run that is asked for while the end of the last run's stream of answers is on its way: see
+  // docs/gradio-lost-events.md. So it is asked for once that stream has ended.
+  const fetchNow = window.fetch.bind(window);
+  let ended = Promise.resolve();
+  window.fetch = async (...request) => {
+    const url = String(request[0]?.url ?? request[0]);
+    if (/\/queue\/join(\?|$)/.test(url)) await Promise.race([ended, new Promise((later) => setTimeout(later, 5000))]);
+    const response = await fetchNow(...request);
+    if (!/\/queue\/data(\?|$)/.test(url) || !response.body) return response;
+    ended = new Promise((end) => {
+      new Request(...request).signal.addEventListener("abort", end);
+      response.stream = response.body.pipeThrough(new TransformStream({ flush: end }));
+    });
+    return new Response(response.stream, { status: response.status, headers: response.headers });
+  };
+
   const names = [["#used textarea", "Command for the same picture again"]];
   // Where the focus goes when what had it is gone: whoever uses the keyboard must not be sent back to the top.
   const next = ["#stop", "#download", "#remove", ".moebius-editor .view", "#photo button"];
