@@ -399,3 +399,21 @@ def test_a_large_photo_is_viewed_small_and_filled_large(demo, phone_photo):
     rows, columns = np.nonzero((before != after).any(axis=2))
     assert rows.min() >= 1870 and rows.max() <= 2005 and columns.min() >= 1245 and columns.max() <= 1442
     session.close()
+
+
+def test_select_says_what_a_first_click_would_download(pipeline_folder, monkeypatch):
+    from types import SimpleNamespace
+
+    files = [SimpleNamespace(rfilename="model.safetensors", size=156_000_000)]
+    monkeypatch.setattr(
+        "diffusers_moebius.demo.selection.HfApi.model_info", lambda *args, **kwargs: SimpleNamespace(siblings=files)
+    )
+    assert "156 MB" in ObjectSelector("somebody/sam").hint
+    assert "MB" not in ObjectSelector(str(pipeline_folder)).hint  # a folder is here already
+
+
+def test_a_port_in_use_is_named(demo_url):
+    from diffusers_moebius.demo import launch_demo
+
+    with pytest.raises(ValueError, match="--port"):
+        launch_demo(host="127.0.0.1", port=int(demo_url.rstrip("/").rpartition(":")[2]), quiet=True)

@@ -81,8 +81,9 @@ class Demo:
         view = photo.view()
         return {
             "do": "open",
-            "photo": {"id": version_id, "url": picture_url(view)},
+            "photo": {"id": version_id, "url": picture_url(view), "width": photo.image.width},
             "size": view.size,
+            "hint": self.selector.hint,
             "mask": None if mask is None else mask_url(scale_mask(mask, view.size)),
         }
 

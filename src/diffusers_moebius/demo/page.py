@@ -377,19 +377,25 @@ def launch_demo(
 
     Returns:
         What `gradio.Blocks.launch` returns.
+
+    Raises:
+        ValueError: If the port is in use.
     """
     page = build_demo(model, selector)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=4)
-    return page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        theme=gr.themes.Default(**THEME_FONTS),
-        css=CSS,
-        head=HEAD,
-        max_file_size=f"{MAX_FILE_MEGABYTES}mb",
-        show_error=False,
-        ssr_mode=False,
-        footer_links=["api"],
-        **kwargs,
-    )
+    try:
+        return page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            theme=gr.themes.Default(**THEME_FONTS),
+            css=CSS,
+            head=HEAD,
+            max_file_size=f"{MAX_FILE_MEGABYTES}mb",
+            show_error=False,
+            ssr_mode=False,
+            footer_links=["api"],
+            **kwargs,
+        )
+    except OSError as error:
+        raise ValueError(f"`--port`: {port} cannot be listened on; another program may use it.") from error

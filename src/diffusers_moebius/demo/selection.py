@@ -73,6 +73,15 @@ class ObjectSelector:
         """What a first click would download; infinite where it cannot."""
         return self._megabytes if self._looked.wait(4 * HUB_SECONDS) else float("inf")
 
+    @property
+    def hint(self) -> str:
+        """What a visitor should know before the first click."""
+        scribble = "scribble over it, or draw a line around it"
+        if self.megabytes == float("inf"):
+            return f"To mark an object, {scribble}."
+        download = f" The first click downloads a model ({self.megabytes:.0f} MB)." if self.megabytes else ""
+        return f"Click on an object, {scribble}.{download}"
+
     def _load(self):
         with self._lock:
             if self._model is None:
@@ -84,6 +93,7 @@ class ObjectSelector:
                     # On ZeroGPU clicks are answered where there is no GPU: waiting for one takes longer.
                     device = "cuda" if torch.cuda.is_available() and not on_zero_gpu() else "cpu"
                     self._model = Sam2Model.from_pretrained(self.source).eval().to(device)
+                    self._megabytes = 0
                 except Exception as error:  # A network that breaks, a transformers without SAM 2.
                     logger.warning("the selection model cannot be loaded", exc_info=True)
                     self._megabytes = float("inf")

@@ -7,7 +7,7 @@ const editor = createEditor(element, {
   onSelect: (request) => trigger("select", request),
 });
 const obey = {
-  open: ({ photo, size, mask }) => editor.open(photo, size, mask),
+  open: ({ photo, size, mask, hint }) => editor.open(photo, size, mask, hint),
   close: () => editor.close(),
   busy: () => editor.setBusy(true),
   idle: () => editor.setBusy(false),

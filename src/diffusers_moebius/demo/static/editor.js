@@ -82,8 +82,10 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
   let size = 40;
   let [zoom, left, top] = [1, 0, 0]; // of the stage in the view
   let [undone, done] = [[], []]; // alpha planes of the mask
-  let margins = { grow: 0, context: null };
+  let margins = { grow: 0, context: null }; // pixels of the photo; {percent of the mask's longer side, least pixels}
+  let scale = 1; // pixels of the view for one of the photo
   let busy = false;
+  let hint = "";
 
   const fill = (text, values) => text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
   const shown = () => versions[current]?.candidates[versions[current].picked];
@@ -182,8 +184,9 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
   const drawGrown = () => {
     const context = grownCanvas.getContext("2d");
     context.clearRect(0, 0, width, height);
-    const { grow, context: seen } = margins;
-    if (!grow && seen === null) return;
+    const grow = Math.round(margins.grow * scale);
+    const seen = margins.context;
+    if (!grow && !seen) return;
     context.globalCompositeOperation = "source-over";
     context.drawImage(maskCanvas, 0, 0);
     for (const [dx, dy] of [[1, 0], [0, 1]])
@@ -192,7 +195,7 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
         for (const sign of [1, -1]) context.drawImage(grownCanvas, sign * step * dx, sign * step * dy);
         reach += step;
       }
-    if (seen === null) return;
+    if (!seen) return;
     const alpha = plane();
     let box = [width, height, -1, -1];
     alpha.forEach((value, i) => {
@@ -201,7 +204,7 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
       box = [Math.min(box[0], x), Math.min(box[1], y), Math.max(box[2], x), Math.max(box[3], y)];
     });
     if (box[2] < 0) return;
-    const margin = grow + Math.max(seen.least, (seen.percent / 100) * Math.max(box[2] - box[0] + 1, box[3] - box[1] + 1));
+    const margin = grow + Math.max(seen.least * scale, (seen.percent / 100) * Math.max(box[2] - box[0] + 1, box[3] - box[1] + 1));
     context.setLineDash([8, 6]);
     context.lineWidth = 2;
     context.strokeStyle = "#fff";
@@ -313,6 +316,7 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
   };
   const choose = (name) => {
     tool = name;
+    if (name === "select" && hint) onNote(hint);
     update();
   };
   const setSize = (value) => {
@@ -518,9 +522,12 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
 
   update();
   return {
-    // Begins with a photo: {id, url}, its size in pixels of the view, and perhaps the URL of a mask.
-    async open(photo, size_, maskUrl = null) {
-      [width, height] = size_;
+    // Begins with a photo: {id, url, width}, the size in which it is viewed, perhaps the URL of a mask, and what to say
+    // when Select is chosen.
+    async open(photo, viewed, maskUrl = null, selectHint = "") {
+      [width, height] = viewed;
+      hint = selectHint;
+      scale = width / (photo.width ?? width);
       for (const canvas of [grownCanvas, maskCanvas, draftCanvas]) Object.assign(canvas, { width, height });
       Object.assign(stage.style, { width: `${width}px`, height: `${height}px` });
       versions = [{ candidates: [photo], picked: 0 }];
