@@ -519,6 +519,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         guidance_scale: float,
         guidance_start: float,
         guidance_end: float,
+        attention_kwargs: dict | None,
         step_kwargs: dict,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
@@ -563,6 +564,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                     torch.cat([latent_model_input] * 2),
                     t,
                     encoder_hidden_states=category_embeds,
+                    attention_kwargs=attention_kwargs,
                     return_dict=False,
                     **guided_kwargs,
                 )[0].float()
@@ -573,6 +575,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                     latent_model_input,
                     t,
                     encoder_hidden_states=background_embeds,
+                    attention_kwargs=attention_kwargs,
                     return_dict=False,
                     **background_kwargs,
                 )[0].float()
@@ -627,6 +630,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         latents: torch.Tensor | list[torch.Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        attention_kwargs: dict | None = None,
         callback_on_step_end: Callable[["MoebiusInpaintPipeline", int, int, dict], dict]
         | PipelineCallback
         | MultiPipelineCallbacks
@@ -717,6 +721,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 bits); arrays and tensors have its channels (CMYK comes as RGB) and, of float inputs, its type.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*):
+                Handed to the U-Net: `{"scale": s}` multiplies the weights of the active LoRA adapters in this call.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback_on_step_end(pipeline, step, timestep, callback_kwargs)` after each step; the
                 tensors in the dict that it returns replace those of the call. Photos of one working size run as one
@@ -845,6 +851,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                     guidance_scale,
                     guidance_start,
                     guidance_end,
+                    attention_kwargs,
                     {name: value for name, value in step_kwargs.items() if name in step_parameters},
                     callback_on_step_end,
                     callback_on_step_end_tensor_inputs,
