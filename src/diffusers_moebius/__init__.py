@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoints import bundled_checkpoint
-    from .loaders.conversion import convert_release_checkpoint
+    from .conversion import convert_release_checkpoint
     from .models.latent_categories import LatentCategoriesEmbedder
     from .models.unet_2d_moebius import MoebiusUNet2DModel
+    from .models.unet_2d_pixelhacker import PixelHackerUNet2DModel
     from .pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 
 # Imported on first use: `import diffusers_moebius` and `moebius --help` do without torch.
@@ -15,14 +16,16 @@ _MODULES = {
     "LatentCategoriesEmbedder": "models.latent_categories",
     "MoebiusInpaintPipeline": "pipelines.pipeline_moebius_inpaint",
     "MoebiusUNet2DModel": "models.unet_2d_moebius",
+    "PixelHackerUNet2DModel": "models.unet_2d_pixelhacker",
     "bundled_checkpoint": "checkpoints",
-    "convert_release_checkpoint": "loaders.conversion",
+    "convert_release_checkpoint": "conversion",
 }
 __version__ = "0.1.0"
 __all__ = [
     "LatentCategoriesEmbedder",
     "MoebiusInpaintPipeline",
     "MoebiusUNet2DModel",
+    "PixelHackerUNet2DModel",
     "bundled_checkpoint",
     "convert_release_checkpoint",
 ]

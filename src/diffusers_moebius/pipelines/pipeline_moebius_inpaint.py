@@ -20,8 +20,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers, UniPCMultistepSchedu
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..loaders.lora import MoebiusLoraLoaderMixin
-from ..loaders.pipeline_loader import MoebiusLoaderMixin
+from ..models.adapter_layers import remove_fused_adapters
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
@@ -38,6 +37,18 @@ from ..pictures.region import (
     resize_mask,
     working_size,
 )
+
+try:
+    from ..loaders.hub import MoebiusLoaderMixin
+    from ..loaders.lora import MoebiusLoraLoaderMixin
+except ModuleNotFoundError as error:  # this file lies in a saved pipeline, where it loads and saves as diffusers does
+    if not __name__.startswith("diffusers_modules."):
+        raise error
+
+    class MoebiusLoaderMixin: ...
+
+    class MoebiusLoraLoaderMixin: ...
+
 
 logger = logging.get_logger(__name__)
 
@@ -184,7 +195,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         """
         if hasattr(self.unet, "fuse_for_inference"):
             self.unet.fuse_for_inference()
-        self.keep_fused_adapters()
+        remove_fused_adapters(self.unet)
         if dtype is not None:
             self.unet.to(dtype)
         if compile:
