@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.models.unet_2d_pixelhacker import PixelHackerUNet2DModel
+from diffusers_moebius.pipelines.latents import predicted_clean_latents
 from diffusers_moebius.training.distillation import (
     AdaptiveBalance,
     distillation_losses,
-    predicted_clean_latents,
 )
 
 SIZES = {
