@@ -5,8 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from diffusers.models import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..pictures.region import Region, fill_hole
 
 # Pipelines may share a VAE, so the lock that guards its precision belongs to no pipeline.
 _PRECISION_LOCK = threading.Lock()
@@ -82,6 +86,95 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) 
     """
     with _precision(vae, latents.device) as dtype:
         return vae.decode(unscale_latents(vae, latents).to(dtype), return_dict=False)[0].float()
+
+
+def decode_pictures(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) -> torch.Tensor:
+    """
+    Decodes the latents of a result to pictures `[B, 3, H, W]`, float32 in [0, 1].
+
+    Raises:
+        ValueError: If they decode to values that are not finite.
+    """
+    image = decode_latents(vae, latents)
+    if not image.isfinite().all():
+        raise ValueError(
+            "The result holds NaN or infinite values. Check `latents` and `masked_image_latents`, or load the "
+            "pipeline with `dtype` float32 or bfloat16 instead of float16."
+        )
+    return (image / 2 + 0.5).clamp(0, 1)
+
+
+def stack_regions(regions: list[Region], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures `[B, 3, H, W]` in [-1, 1] and masks `[B, 1, H, W]` of regions that work at one size."""
+    image, mask = (torch.cat(tensors) for tensors in zip(*(region.tensors() for region in regions)))
+    return image.to(device), mask.to(device)
+
+
+def encode_start(
+    vae: AutoencoderKL | AutoencoderTiny,
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    masked_content: str,
+    generator: torch.Generator | list[torch.Generator] | None,
+    samples_per_image: int = 1,
+) -> torch.Tensor:
+    """The latents that are noised to start from: those of the pictures, or of the pictures with filled holes."""
+    start = fill_hole(image, mask) if masked_content == "fill" else image
+    return encode_latents(vae, start, generator, samples_per_image)
+
+
+def mask_to_latents(mask: torch.Tensor, latent: int, samples_per_image: int = 1) -> torch.Tensor:
+    """Brings masks `[B, 1, H, W]` to latent size, a latent being `latent` pixels wide, one a sample."""
+    size = [length // latent for length in mask.shape[2:]]
+    return F.interpolate(mask, size=size, mode="nearest").repeat_interleave(samples_per_image, dim=0)
+
+
+def prepare_noise(
+    shape: tuple[int, ...],
+    noise_offset: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Gaussian noise and, scaled by `noise_offset`, one more draw that is constant over each channel."""
+    noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if noise_offset:
+        noise = noise + noise_offset * randn_tensor((*shape[:2], 1, 1), generator, device, torch.float32)
+    return noise
+
+
+def prepare_latents(
+    image_latents: torch.Tensor | None,
+    mask: torch.Tensor,
+    channels: int,
+    scheduler,
+    timestep: torch.Tensor,
+    noise_offset: float,
+    masked_content: str,
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> torch.Tensor:
+    """
+    The latents to start from: pure noise, or the noised latents of a picture.
+
+    Args:
+        image_latents (`torch.Tensor` of shape `[B, channels, h, w]`, *optional*): Where to start; noise by default.
+        mask (`torch.Tensor` of shape `[B, 1, h, w]`): 1 is filled.
+        channels (`int`): Channels of the latents.
+        scheduler ([`SchedulerMixin`]): Scheduler with its timesteps set.
+        timestep (`torch.Tensor`): The first timestep.
+        noise_offset (`float`): See [`prepare_noise`].
+        masked_content (`str`): With `"noise"` the holes of `image_latents` are noise before they are noised.
+        generator (`torch.Generator` or a list of them, *optional*): Source of the noise.
+
+    Returns:
+        `torch.Tensor` of shape `[B, channels, h, w]`, float32.
+    """
+    shape = (len(mask), channels, *mask.shape[2:])
+    noise = prepare_noise(shape, noise_offset, generator, mask.device)
+    if image_latents is None:
+        return noise * scheduler.init_noise_sigma
+    if masked_content == "noise":
+        image_latents = torch.where(mask > 0, prepare_noise(shape, 0.0, generator, mask.device), image_latents)
+    return scheduler.add_noise(image_latents, noise, timestep.expand(len(noise)))
 
 
 def predicted_clean_latents(
