@@ -56,12 +56,10 @@ def set_timesteps(
     return scheduler.timesteps[begin:]
 
 
-def embed_categories(
-    lcg_embedder: LatentCategoriesEmbedder, batch_size: int, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
+def embed_categories(lcg_embedder: LatentCategoriesEmbedder, batch_size: int, device: torch.device) -> torch.Tensor:
     """The tokens of the guidance, `[2 * batch_size, tokens, dim]`: foreground, then background."""
     categories = [lcg_embedder.category_ids(category, batch_size, device) for category in ("foreground", "background")]
-    return lcg_embedder(torch.cat(categories)).to(dtype)
+    return lcg_embedder(torch.cat(categories))
 
 
 def prepare_model_input(
@@ -72,10 +70,7 @@ def prepare_model_input(
 
 
 def predict_noise(
-    unet,
-    model_input: torch.Tensor,
-    timestep: torch.Tensor,
-    category_embeds: torch.Tensor,
+    unet, model_input: torch.Tensor, timestep: torch.Tensor, category_embeds: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """
     The denoiser's predictions for one or several categories, in one call.
@@ -91,6 +86,7 @@ def predict_noise(
     """
     count = len(category_embeds) // len(model_input)
     model_input = torch.cat([model_input] * count).to(unet.dtype)
+    category_embeds = category_embeds.to(unet.dtype)
     prediction = unet(model_input, timestep, encoder_hidden_states=category_embeds, return_dict=False)[0]
     return prediction.float().chunk(count)
 

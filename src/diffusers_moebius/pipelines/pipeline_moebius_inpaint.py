@@ -245,7 +245,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         Returns:
             `torch.Tensor` of shape `[B, 4, h, w]`, float32.
         """
-        category_embeds = embed_categories(self.lcg_embedder, len(latents), latents.device, self.unet.dtype)
+        category_embeds = embed_categories(self.lcg_embedder, len(latents), latents.device)
         background_embeds = category_embeds.chunk(2)[1]
 
         for i, t in enumerate(timesteps):

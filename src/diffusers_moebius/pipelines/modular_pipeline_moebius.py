@@ -1,0 +1,74 @@
+"""The modular pipeline of Moebius."""
+
+import os
+
+from diffusers.modular_pipelines import ComponentsManager, ModularPipeline, ModularPipelineBlocks
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from .modular_blocks_moebius import MoebiusAutoBlocks
+from .pipeline_moebius_inpaint import MoebiusInpaintPipeline
+
+
+class MoebiusModularPipeline(ModularPipeline):
+    """
+    A pipeline of blocks that fills the marked part of photos with Moebius.
+
+    Args:
+        blocks ([`ModularPipelineBlocks`], *optional*): The blocks; by default [`MoebiusAutoBlocks`], which do what
+            [`MoebiusInpaintPipeline`] does.
+        kwargs: See [`ModularPipeline`].
+    """
+
+    def __init__(self, blocks: ModularPipelineBlocks | None = None, *args, **kwargs):
+        super().__init__(MoebiusAutoBlocks() if blocks is None else blocks, *args, **kwargs)
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: DiffusionPipeline,
+        blocks: ModularPipelineBlocks | None = None,
+        components_manager: ComponentsManager | None = None,
+        collection: str | None = None,
+    ) -> "MoebiusModularPipeline":
+        """
+        A modular pipeline that shares the components and defaults of a [`MoebiusInpaintPipeline`].
+
+        Args:
+            pipeline ([`DiffusionPipeline`]): The pipeline.
+            blocks ([`ModularPipelineBlocks`], *optional*): The blocks; by default [`MoebiusAutoBlocks`].
+            components_manager ([`ComponentsManager`], *optional*): Manages the components, also for other pipelines.
+            collection (`str`, *optional*): Name of the collection in the manager.
+        """
+        modular = cls(blocks, components_manager=components_manager, collection=collection)
+        shared = {
+            name: component for name, component in pipeline.components.items() if name in modular.component_names
+        }
+        defaults = {name: value for name, value in pipeline.config.items() if name in modular._config_specs}
+        if "guider" in modular.component_names:
+            scale, start = pipeline.config.default_guidance_scale, pipeline.config.default_guidance_start
+            spec = modular.get_component_spec("guider")
+            shared["guider"] = spec.create({"guidance_scale": scale, "start": start})
+        modular.update_components(**shared, **defaults)
+        return modular
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        blocks: ModularPipelineBlocks | None = None,
+        components_manager: ComponentsManager | None = None,
+        collection: str | None = None,
+        **kwargs,
+    ) -> "MoebiusModularPipeline":
+        """
+        Loads a modular pipeline with its components, by whatever [`MoebiusInpaintPipeline.from_pretrained`] takes.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or repository, of either layout.
+            blocks ([`ModularPipelineBlocks`], *optional*): The blocks; by default [`MoebiusAutoBlocks`].
+            components_manager ([`ComponentsManager`], *optional*): Manages the components, also for other pipelines.
+            collection (`str`, *optional*): Name of the collection in the manager.
+            kwargs: See [`MoebiusInpaintPipeline.from_pretrained`].
+        """
+        pipeline = MoebiusInpaintPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls.from_pipe(pipeline, blocks, components_manager, collection)
