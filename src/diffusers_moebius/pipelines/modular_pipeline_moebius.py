@@ -5,17 +5,18 @@ import os
 from diffusers.modular_pipelines import ComponentsManager, ModularPipeline, ModularPipelineBlocks
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from ..loaders.lora import MoebiusLoraLoaderMixin
 from .modular_blocks_moebius import MoebiusAutoBlocks
 from .pipeline_moebius_inpaint import MoebiusInpaintPipeline
 
 
-class MoebiusModularPipeline(ModularPipeline):
+class MoebiusModularPipeline(ModularPipeline, MoebiusLoraLoaderMixin):
     """
     A pipeline of blocks that fills the marked part of photos with Moebius.
 
     Args:
         blocks ([`ModularPipelineBlocks`], *optional*): The blocks; by default [`MoebiusAutoBlocks`], which do what
-            [`MoebiusInpaintPipeline`] does.
+            [`MoebiusInpaintPipeline`] does, for photos that work at one size.
         kwargs: See [`ModularPipeline`].
     """
 
@@ -25,29 +26,27 @@ class MoebiusModularPipeline(ModularPipeline):
     @classmethod
     def from_pipe(
         cls,
-        pipeline: DiffusionPipeline,
+        pipeline: DiffusionPipeline | ModularPipeline,
         blocks: ModularPipelineBlocks | None = None,
         components_manager: ComponentsManager | None = None,
         collection: str | None = None,
     ) -> "MoebiusModularPipeline":
         """
-        A modular pipeline that shares the components and defaults of a [`MoebiusInpaintPipeline`].
+        A modular pipeline that shares the components and defaults of another pipeline.
 
         Args:
-            pipeline ([`DiffusionPipeline`]): The pipeline.
+            pipeline ([`MoebiusInpaintPipeline`] or [`ModularPipeline`]): The other pipeline.
             blocks ([`ModularPipelineBlocks`], *optional*): The blocks; by default [`MoebiusAutoBlocks`].
             components_manager ([`ComponentsManager`], *optional*): Manages the components, also for other pipelines.
             collection (`str`, *optional*): Name of the collection in the manager.
         """
         modular = cls(blocks, components_manager=components_manager, collection=collection)
-        shared = {
-            name: component for name, component in pipeline.components.items() if name in modular.component_names
-        }
+        shared = {name: each for name, each in pipeline.components.items() if name in modular.component_names}
         defaults = {name: value for name, value in pipeline.config.items() if name in modular._config_specs}
-        if "guider" in modular.component_names:
-            scale, start = pipeline.config.default_guidance_scale, pipeline.config.default_guidance_start
-            spec = modular.get_component_spec("guider")
-            shared["guider"] = spec.create({"guidance_scale": scale, "start": start})
+        settings = pipeline.config.get("default_guidance_scale"), pipeline.config.get("default_guidance_start")
+        if "guider" in modular.component_names and "guider" not in shared and None not in settings:
+            guidance = dict(zip(("guidance_scale", "start"), settings))
+            shared["guider"] = modular.get_component_spec("guider").create(guidance)
         modular.update_components(**shared, **defaults)
         return modular
 
