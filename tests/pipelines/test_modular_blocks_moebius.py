@@ -17,6 +17,7 @@ from diffusers import (
     SkipLayerGuidance,
     UniPCMultistepScheduler,
 )
+from peft import LoraConfig
 from small_parts import BETAS, hole, photo, seeded
 
 from diffusers_moebius import MoebiusModularPipeline
@@ -117,6 +118,13 @@ class TestSameBitsAsThePipeline:
             pipe.register_modules(scheduler=scheduler)
             modular.update_components(scheduler=scheduler)
             check_same(both, image=photo(), mask_image=hole(), strength=1.0, **options)
+
+    def test_weight_of_a_lora(self, both):
+        torch.manual_seed(0)
+        both[0].unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        call = {"image": photo(), "mask_image": hole(), "output_type": "latent", **self.RUN}
+        whole, half = (check_same(both, **call, attention_kwargs={"scale": scale}) for scale in (1.0, 0.5))
+        assert not torch.allclose(whole, half)
 
     def test_a_batch_in_which_one_mask_is_empty(self, both, caplog):
         images, masks = [photo(seed=1), photo(seed=2)], [hole(), np.zeros((64, 64), bool)]

@@ -70,7 +70,11 @@ def prepare_model_input(
 
 
 def predict_noise(
-    unet, model_input: torch.Tensor, timestep: torch.Tensor, category_embeds: torch.Tensor
+    unet,
+    model_input: torch.Tensor,
+    timestep: torch.Tensor,
+    category_embeds: torch.Tensor,
+    attention_kwargs: dict | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """
     The denoiser's predictions for one or several categories, in one call.
@@ -80,6 +84,7 @@ def predict_noise(
         model_input (`torch.Tensor` of shape `[B, 9, h, w]`): See [`prepare_model_input`].
         timestep (`torch.Tensor`): The timestep.
         category_embeds (`torch.Tensor` of shape `[k * B, tokens, dim]`): Tokens of `k` categories, one after another.
+        attention_kwargs (`dict`, *optional*): Handed to the denoiser: `{"scale": s}` weighs active LoRA adapters.
 
     Returns:
         `tuple` of `k` `torch.Tensor` of shape `[B, 4, h, w]`, float32.
@@ -87,7 +92,8 @@ def predict_noise(
     count = len(category_embeds) // len(model_input)
     model_input = torch.cat([model_input] * count).to(unet.dtype)
     category_embeds = category_embeds.to(unet.dtype)
-    prediction = unet(model_input, timestep, encoder_hidden_states=category_embeds, return_dict=False)[0]
+    options = {"encoder_hidden_states": category_embeds, "attention_kwargs": attention_kwargs, "return_dict": False}
+    prediction = unet(model_input, timestep, **options)[0]
     return prediction.float().chunk(count)
 
 

@@ -61,6 +61,7 @@ _VALUES = {
     "sigmas": (list[float], "Custom sigmas for schedulers that take them."),
     "eta": (float, "Share of fresh noise in each step of DDIM."),
     "noise_offset": (float, "Strength of the noise that is constant over each channel."),
+    "attention_kwargs": (dict, "Handed to the denoiser: {'scale': s} weighs active LoRA adapters."),
     "paste": (str, "'exact', 'seamless', 'blur', 'none', or 'auto' for the checkpoint's own."),
     "color_compensation": (bool, "Shift the colours of the result towards those around the hole."),
     "output_type": (str, "'pil', 'np', 'pt' or 'latent'."),
@@ -355,7 +356,7 @@ class MoebiusLoopDenoiser(MoebiusBlock):
 
     @property
     def inputs(self) -> list[InputParam]:
-        return _inputs("latents", "timesteps", "background_embeds", "foreground_embeds")
+        return _inputs("latents", "timesteps", "background_embeds", "foreground_embeds", attention_kwargs=None)
 
     @torch.no_grad()
     def __call__(
@@ -368,7 +369,9 @@ class MoebiusLoopDenoiser(MoebiusBlock):
         branches = guider.prepare_inputs({"encoder_hidden_states": embeds})
         # The foreground goes first into the denoiser, as in `MoebiusInpaintPipeline`.
         category_embeds = torch.cat([branch.encoder_hidden_states for branch in reversed(branches)])
-        predictions = predict_noise(components.unet, block_state.model_input, t, category_embeds)
+        predictions = predict_noise(
+            components.unet, block_state.model_input, t, category_embeds, block_state.attention_kwargs
+        )
         for branch, prediction in zip(reversed(branches), predictions):
             branch.noise_pred = prediction
         block_state.noise_pred = guider(branches).pred

@@ -226,6 +226,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         guidance_scale: float,
         guidance_start: float,
         guidance_end: float,
+        attention_kwargs: dict | None,
         eta: float,
         generator: torch.Generator | list[torch.Generator] | None,
         callback_on_step_end: Callable | None,
@@ -254,10 +255,10 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             model_input = prepare_model_input(scheduler, latents, t, mask, masked_image_latents)
             in_interval = i / len(timesteps) >= guidance_start and (i + 1) / len(timesteps) <= guidance_end
             if guidance_scale > 1 and in_interval:
-                foreground, background = predict_noise(self.unet, model_input, t, category_embeds)
+                foreground, background = predict_noise(self.unet, model_input, t, category_embeds, attention_kwargs)
                 noise_pred = foreground + guidance_scale * (background - foreground)
             else:
-                (noise_pred,) = predict_noise(self.unet, model_input, t, background_embeds)
+                (noise_pred,) = predict_noise(self.unet, model_input, t, background_embeds, attention_kwargs)
             latents = scheduler_step(scheduler, noise_pred, t, latents, eta, generator)
 
             if callback_on_step_end is not None:
@@ -321,6 +322,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         latents: torch.Tensor | list[torch.Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        attention_kwargs: dict | None = None,
         callback_on_step_end: Callable[["MoebiusInpaintPipeline", int, int, dict], dict]
         | PipelineCallback
         | MultiPipelineCallbacks
@@ -411,6 +413,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 bits); arrays and tensors have its channels (CMYK comes as RGB) and, of float inputs, its type.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*):
+                Handed to the U-Net: `{"scale": s}` multiplies the weights of the active LoRA adapters in this call.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback_on_step_end(pipeline, step, timestep, callback_kwargs)` after each step; the
                 tensors in the dict that it returns replace those of the call. Photos of one working size run as one
@@ -519,6 +523,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                     guidance_scale,
                     guidance_start,
                     guidance_end,
+                    attention_kwargs,
                     eta,
                     batch_generator,
                     callback_on_step_end,
