@@ -19,7 +19,7 @@ import logging
 import torch
 from diffusers import DDIMScheduler
 
-from diffusers_moebius.loaders.pipeline_loader import load_vae
+from diffusers_moebius.loaders.hub import load_vae
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.pipelines.latents import predicted_clean_latents
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline

@@ -11,8 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import KarrasDiffusionSchedulers, UniPCMultistepScheduler
 from diffusers.utils import logging, replace_example_docstring
 
-from ..loaders.lora import MoebiusLoraLoaderMixin
-from ..loaders.pipeline_loader import MoebiusLoaderMixin
+from ..models.adapter_layers import remove_fused_adapters
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
@@ -29,6 +28,18 @@ from .latents import (
     prepare_latents,
     stack_regions,
 )
+
+try:
+    from ..loaders.hub import MoebiusLoaderMixin
+    from ..loaders.lora import MoebiusLoraLoaderMixin
+except ModuleNotFoundError as error:  # this file lies in a saved pipeline, where it loads and saves as diffusers does
+    if not __name__.startswith("diffusers_modules."):
+        raise error
+
+    class MoebiusLoaderMixin: ...
+
+    class MoebiusLoraLoaderMixin: ...
+
 
 logger = logging.get_logger(__name__)
 
@@ -168,7 +179,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         """
         if hasattr(self.unet, "fuse_for_inference"):
             self.unet.fuse_for_inference()
-        self.keep_fused_adapters()
+        remove_fused_adapters(self.unet)
         if dtype is not None:
             self.unet.to(dtype)
         if compile:

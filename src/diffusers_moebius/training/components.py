@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from ..loaders.pipeline_loader import load_vae
+from ..loaders.hub import load_vae
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel

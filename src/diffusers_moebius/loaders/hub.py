@@ -1,10 +1,12 @@
-"""Loading and saving of whole pipelines: both published layouts, and folders that diffusers loads by itself."""
+"""Pipelines in folders and repositories: both published layouts are read, and one that diffusers loads is written."""
 
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +33,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
+from ..checkpoints import bundled_checkpoints
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
@@ -44,16 +47,92 @@ from .release_checkpoint import (
     make_release_scheduler,
     weight_names,
 )
-from .remote_code import is_ours, module_stem, self_contained_source
 
 logger = logging.get_logger(__name__)
 
+PACKAGE = __name__.partition(".")[0]
 # Classes of ours that a saved pipeline may name, wherever they lay when it was saved.
 COMPONENT_CLASSES = {
     cls.__name__: cls for cls in (MoebiusUNet2DModel, PixelHackerUNet2DModel, LatentCategoriesEmbedder)
 }
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+# Other modules than these travel with a saved pipeline.
+LOADERS = f"{PACKAGE}.loaders"
+OWN_IMPORT = re.compile(r"^( *)from (\.+[\w.]+) import ", re.MULTILINE)
+ENTRY = '''"""What diffusers loads of this folder: it fetches each file that a line here names."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+{fetched}{search}
+from .{module} import {name}
+'''
+# The pipeline's file finds those of its components in their folders.
+SEARCH = """
+from os.path import dirname, join
+
+from . import __path__ as path
+
+path[:0] = [join(dirname(__file__), folder) for folder in {folders}]
+"""
+
+
+def travelling_files(module_name: str) -> dict[str, str]:
+    """
+    The files that a module of this package needs where the package is not installed; loaders are not among them.
+
+    There they lie side by side, so `from ..pictures.mask import load_masks` becomes `from . mask import load_masks`,
+    and nothing else is changed. The space hides the line from diffusers, which follows imports only in part:
+    [`write_code`] names all files in one place instead.
+
+    Args:
+        module_name (`str`): Full name of the module.
+
+    Returns:
+        `dict[str, str]`: The contents of the files by their names.
+    """
+    files, waiting = {}, [module_name]
+    while waiting:
+        name = waiting.pop()
+        parent, _, stem = name.rpartition(".")
+        if f"{stem}.py" in files or name.startswith(LOADERS):
+            continue
+        source = Path(find_spec(name).origin).read_text(encoding="utf-8")
+        waiting += [resolve_name(line[2], parent) for line in OWN_IMPORT.finditer(source)]
+        files[f"{stem}.py"] = OWN_IMPORT.sub(lambda line: f"{line[1]}from . {line[2].split('.')[-1]} import ", source)
+    return files
+
+
+def write_code(
+    folder: Path,
+    entry: str,
+    cls: type,
+    files: Mapping[str, str],
+    elsewhere: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
+    """
+    Writes code to a folder, and the module that diffusers is to load, which names all of it.
+
+    Args:
+        folder (`Path`): The folder, created if need be.
+        entry (`str`): Name of that module.
+        cls (`type`): The class that it gives.
+        files (`Mapping[str, str]`): Contents by file name, as [`travelling_files`] returns them.
+        elsewhere (`Mapping`, *optional*): Files that the class needs as well and that are in folders within this one:
+            the files of each folder.
+    """
+    elsewhere = elsewhere or {}
+    modules = [*files, *(f"{inner}.{file}" for inner, inner_files in elsewhere.items() for file in inner_files)]
+    text = ENTRY.format(
+        fetched="".join(f"    from .{module.removesuffix('.py')} import *\n" for module in sorted(modules)),
+        search=SEARCH.format(folders=list(elsewhere)) if elsewhere else "",
+        module=cls.__module__.rpartition(".")[2],
+        name=cls.__name__,
+    )
+    for name, content in {**files, f"{entry}.py": text}.items():
+        _write(folder / name, content)
 
 
 class ModelSource:
@@ -65,7 +144,7 @@ class ModelSource:
 
     Args:
         argument (`str`): Name of the argument that gave the source, for error messages.
-        location (`str` or `os.PathLike`): The folder, or the repository's id.
+        location (`str` or `os.PathLike`): The folder, the repository's id, or the name of a bundled model.
         candidates (`list[str]`): Files to look for in the cache if the hub cannot be asked for its list.
         hub_kwargs: The `HUB_ARGUMENTS` of diffusers' `from_pretrained`.
     """
@@ -73,6 +152,11 @@ class ModelSource:
     def __init__(self, argument: str, location: str | os.PathLike, candidates: list[str], **hub_kwargs):
         self.argument = argument
         self.location = str(location)
+        bundled = bundled_checkpoints().get(self.location)
+        if bundled is not None and os.path.isdir(self.location):
+            logger.warning(f"`{argument}` {self.location} is taken as the folder of that name, not the bundled model.")
+        elif bundled is not None:
+            self.location = str(bundled)
         self.hub_kwargs = hub_kwargs
         # What also holds for another repository; whether the hub gives that one is another question.
         self.kwargs_elsewhere = {name: value for name, value in hub_kwargs.items() if name != "revision"}
@@ -215,7 +299,7 @@ class MoebiusLoaderMixin:
 
     A saved folder also carries the code of the pipeline and of its components, so that
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` runs it where this package is not installed.
-    The classes of this package never run that code.
+    The classes of this package never run that code, and it holds neither these loaders nor those of adapters.
     """
 
     @classmethod
@@ -231,7 +315,8 @@ class MoebiusLoaderMixin:
         Loads a pipeline from a folder or the hub, in the layout of the release or in that of diffusers.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or the id of a repository on the hub.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, the id of a repository on the hub, or
+                `"nano"`, the model that is part of the package (unless there is a folder of that name).
             checkpoint (`str`, *optional*): In the release's layout (`hustvl/Moebius`) the folder of the checkpoint:
                 `pretrained`, `ft_places2` (the default), `ft_celebahq` or `ft_ffhq`; the default guidance scale of the
                 latter two is 2.0 instead of 2.5. In the layout of diffusers only for a repository that holds several
@@ -368,33 +453,28 @@ class MoebiusLoaderMixin:
                 init_dict[name] = [COMPONENT_CLASSES[value[1]].__module__, value[1]]
         return init_dict, unused_kwargs, hidden
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """
-        Saves `model_index.json` in the form that diffusers understands without this package, and the code it names.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): The folder, created if need be.
-            push_to_hub (`bool`, defaults to `False`): Also upload the folder; see [`save_pretrained`].
-            kwargs: Arguments of the upload.
-        """
-        super().save_config(save_directory)
-        folder = Path(save_directory)
+    def _write_index_and_code(self, folder: Path) -> None:
+        """Makes `model_index.json` one that diffusers understands without this package, and writes its code."""
         path = folder / self.config_name
         index = json.loads(path.read_text(encoding="utf-8"))
+        code = {}
         for name, value in index.items():
-            if isinstance(value, list) and isinstance(value[0], str) and is_ours(value[0]):
-                module = value[0]
-                value[0] = module_stem(module)
-                _write(folder / name / f"{value[0]}.py", self_contained_source(module))
-        module = type(self).__module__
-        if is_ours(module):  # a class that somebody derived from ours is not ours to copy
-            index["_class_name"] = [module_stem(module), type(self).__name__]
-            _write(folder / f"{module_stem(module)}.py", self_contained_source(module))
+            if isinstance(value, list) and str(value[0]).startswith(f"{PACKAGE}."):
+                code[name] = travelling_files(value[0])
+                write_code(folder / name, f"load_{name}", type(getattr(self, name)), code[name])
+                value[0] = f"load_{name}"
+        if type(self).__module__.startswith(f"{PACKAGE}."):  # a class that somebody derived is not ours to copy
+            index["_class_name"] = ["load_pipeline", type(self).__name__]
+            known = {file for files in code.values() for file in files}
+            files = {file: text for file, text in travelling_files(type(self).__module__).items() if file not in known}
+            write_code(folder, "load_pipeline", type(self), files, code)
+        if "unet" in code:
+            # For `AutoModel`, which reads no other config where this one is; hidden from the pipeline's own arguments.
+            index["auto_map"] = {"AutoModel": f"load_unet.{type(self.unet).__name__}"}
+            index["_use_default_values"] = {"auto_map": None}
         if os.path.exists(index.get("_name_or_path") or ""):
             del index["_name_or_path"]  # a path of this machine
         _write(path, json.dumps(index, indent=2, sort_keys=True) + "\n")
-        if push_to_hub:
-            self._push(folder, **kwargs)
 
     def save_pretrained(
         self,
@@ -430,6 +510,7 @@ class MoebiusLoaderMixin:
             max_shard_size=max_shard_size,
             **kwargs,
         )
+        self._write_index_and_code(folder)
         facts = weight_facts(self)
         if facts is not None:
             _write(folder / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
