@@ -27,6 +27,7 @@ from diffusers.utils import logging
 
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
+from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel  # noqa: F401, named in index files
 from ..pictures.paste import paste_fill
 from ..pictures.picture import stack_results
 from ..pictures.region import find_regions
@@ -42,6 +43,11 @@ from .latents import (
 )
 
 logger = logging.get_logger(__name__)
+
+# modular_model_index.json names a class by a module that is imported already. This module may come with a repository,
+# and then has another name in each process: so that index files can name it, it is known by this name too.
+MODULE_FOR_INDEX = "moebius_modular_blocks"
+sys.modules[MODULE_FOR_INDEX] = sys.modules[__name__]
 
 # Every value that passes between blocks: its type and what it is. Those of a call are explained at
 # `MoebiusInpaintPipeline.__call__`.
@@ -559,8 +565,3 @@ class MoebiusAutoBlocks(SequentialPipelineBlocks):
         if "paste" in self.sub_blocks:  # What only the last block takes is checked before the first computes.
             _check_form(components, state.get("paste"), state.get("output_type"))
         return super().__call__(components, state)
-
-
-# modular_model_index.json names classes by a module that is imported already. This one, which a repository brings
-# along, has another name in each process, and so it is known by this name too.
-sys.modules["moebius_modular_blocks"] = sys.modules[__name__]

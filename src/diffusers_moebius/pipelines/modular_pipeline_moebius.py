@@ -2,6 +2,7 @@
 
 import os
 
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines import ComponentsManager, ModularPipeline, ModularPipelineBlocks
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -71,3 +72,20 @@ class MoebiusModularPipeline(ModularPipeline, MoebiusLoraLoaderMixin):
         """
         pipeline = MoebiusInpaintPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls.from_pipe(pipeline, blocks, components_manager, collection)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """
+        Saves components and defaults as a folder that [`MoebiusInpaintPipeline`], [`DiffusionPipeline`] and
+        [`ModularPipeline`] load, the last one with [`MoebiusAutoBlocks`].
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder, created if need be.
+            kwargs: See [`MoebiusInpaintPipeline.save_pretrained`].
+        """
+        models, settings = MoebiusInpaintPipeline._get_signature_keys(MoebiusInpaintPipeline)
+        arguments = {name: each for name, each in self.components.items() if name in models}
+        arguments |= {name: value for name, value in self.config.items() if name in settings}
+        if isinstance(self.guider, ClassifierFreeGuidance):
+            arguments["default_guidance_scale"] = self.guider.config.guidance_scale
+            arguments["default_guidance_start"] = self.guider.config.start
+        MoebiusInpaintPipeline(**arguments).save_pretrained(save_directory, **kwargs)
