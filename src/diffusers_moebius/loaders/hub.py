@@ -135,6 +135,45 @@ def write_code(
         _write(folder / name, content)
 
 
+def write_modular_index(
+    folder: Path, pipeline, repo_id: str, variant: str | None, code: Mapping[str, Mapping[str, str]]
+) -> None:
+    """
+    Writes what Modular Diffusers reads of a folder: the blocks, the guider, and where to find each component.
+
+    Args:
+        folder (`Path`): The folder of a saved pipeline.
+        pipeline ([`MoebiusInpaintPipeline`]): The pipeline that was saved.
+        repo_id (`str`): Where the components are found once the folder is on the hub.
+        variant (`str`, *optional*): Variant of the weights.
+        code (`Mapping`): The files of code that lie in the folders of components.
+    """
+    from ..pipelines.modular_blocks_moebius import MODULE_FOR_INDEX, MoebiusAutoBlocks
+
+    known = {file for files in code.values() for file in files}
+    files = {name: text for name, text in travelling_files(MoebiusAutoBlocks.__module__).items() if name not in known}
+    write_code(folder, "load_blocks", MoebiusAutoBlocks, files, code)
+    version = {"_diffusers_version": diffusers.__version__}
+    name = MoebiusAutoBlocks.__name__
+    blocks = {"_class_name": name, "auto_map": {"ModularPipelineBlocks": f"load_blocks.{name}"}, **version}
+    _write(folder / MoebiusAutoBlocks.config_name, json.dumps(blocks, indent=2) + "\n")
+
+    settings = {key: value for key, value in pipeline.config.items() if key.startswith("default_")}
+    guider = {"_class_name": "ClassifierFreeGuidance", "start": settings["default_guidance_start"], **version}
+    guider["guidance_scale"] = settings["default_guidance_scale"]
+    _write(folder / "guider" / "guider_config.json", json.dumps(guider, indent=2) + "\n")
+
+    index = {"_class_name": "ModularPipeline", "_blocks_class_name": name, **version, **settings}
+    classes = {key: type(component) for key, component in pipeline.components.items()}
+    named = {key: (cls.__module__.partition(".")[0], cls.__name__) for key, cls in classes.items()}
+    for key, (library, class_name) in {**named, "guider": ("diffusers", "ClassifierFreeGuidance")}.items():
+        library = MODULE_FOR_INDEX if class_name in COMPONENT_CLASSES else library
+        place = {"pretrained_model_name_or_path": repo_id, "subfolder": key, "revision": None}
+        place["variant"] = variant if issubclass(classes.get(key, object), ModelMixin) else None
+        index[key] = [library, class_name, {"type_hint": [library, class_name], **place}]
+    _write(folder / "modular_model_index.json", json.dumps(index, indent=2) + "\n")
+
+
 class ModelSource:
     """
     A folder or a repository on the hub, of which some files are wanted.
@@ -453,7 +492,7 @@ class MoebiusLoaderMixin:
                 init_dict[name] = [COMPONENT_CLASSES[value[1]].__module__, value[1]]
         return init_dict, unused_kwargs, hidden
 
-    def _write_index_and_code(self, folder: Path) -> None:
+    def _write_index_and_code(self, folder: Path, repo_id: str, variant: str | None) -> None:
         """Makes `model_index.json` one that diffusers understands without this package, and writes its code."""
         path = folder / self.config_name
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -468,6 +507,7 @@ class MoebiusLoaderMixin:
             known = {file for files in code.values() for file in files}
             files = {file: text for file, text in travelling_files(type(self).__module__).items() if file not in known}
             write_code(folder, "load_pipeline", type(self), files, code)
+            write_modular_index(folder, self, repo_id, variant, code)
         if "unet" in code:
             # For `AutoModel`, which reads no other config where this one is; hidden from the pipeline's own arguments.
             index["auto_map"] = {"AutoModel": f"load_unet.{type(self.unet).__name__}"}
@@ -510,13 +550,13 @@ class MoebiusLoaderMixin:
             max_shard_size=max_shard_size,
             **kwargs,
         )
-        self._write_index_and_code(folder)
+        repo_id = push_kwargs.get("repo_id", folder.absolute().name)
+        self._write_index_and_code(folder, repo_id, variant)
         facts = weight_facts(self)
         if facts is not None:
             _write(folder / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         if not (folder / "README.md").exists():
-            name = push_kwargs.get("repo_id", folder.absolute().name)
-            make_model_card(self, name).save(folder / "README.md")
+            make_model_card(self, repo_id).save(folder / "README.md")
         if push_to_hub:
             self._push(folder, **push_kwargs)
 

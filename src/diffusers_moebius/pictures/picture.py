@@ -249,3 +249,10 @@ def load_pictures(image: PipelineImageInput) -> list[Picture]:
         `list[Picture]`.
     """
     return [read_picture(element, "image") for element in split_batch(image, "image")]
+
+
+def stack_results(results: list, output_type: str) -> list | np.ndarray | torch.Tensor:
+    """The results of a call: arrays, tensors and latents of one shape and type as one, others as the list."""
+    if output_type == "pil" or len({(tuple(result.shape), result.dtype) for result in results}) > 1:
+        return results
+    return np.stack(results) if output_type == "np" else torch.stack(results)
