@@ -307,6 +307,7 @@ def test_scale_of_one_call(student, tmp_path):
     student.set_adapters("style", 0.5)
     half = run()
     student.set_adapters("style")
+    assert student.unet_name == "unet"
     assert torch.equal(run(attention_kwargs={"scale": 0.0}), before)
     assert relative_error(run(attention_kwargs={"scale": 0.5}), half) < 1e-5
     assert not torch.equal(run(), half)

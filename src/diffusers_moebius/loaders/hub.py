@@ -3,10 +3,8 @@
 import inspect
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,144 +32,23 @@ from huggingface_hub.utils import (
 )
 
 from ..checkpoints import bundled_checkpoints
-from ..models.latent_categories import LatentCategoriesEmbedder
-from ..models.unet_2d_moebius import MoebiusUNet2DModel
-from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 from .model_card import FACTS_FILE, make_model_card, weight_facts
 from .release_checkpoint import (
     DEFAULT_CHECKPOINT,
     RELEASE_VAE_REPOSITORY,
     component_dtype,
     default_guidance_scale,
+    find_release_weights,
     load_release_components,
     make_release_scheduler,
     weight_names,
 )
+from .travelling_code import COMPONENT_CLASSES, write_indexes_and_code
 
 logger = logging.get_logger(__name__)
 
-PACKAGE = __name__.partition(".")[0]
-# Classes of ours that a saved pipeline may name, wherever they lay when it was saved.
-COMPONENT_CLASSES = {
-    cls.__name__: cls for cls in (MoebiusUNet2DModel, PixelHackerUNet2DModel, LatentCategoriesEmbedder)
-}
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-
-# Other modules than these travel with a saved pipeline.
-LOADERS = f"{PACKAGE}.loaders"
-OWN_IMPORT = re.compile(r"^( *)from (\.+[\w.]+) import ", re.MULTILINE)
-ENTRY = '''"""What diffusers loads of this folder: it fetches each file that a line here names."""
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-{fetched}{search}
-from .{module} import {name}
-'''
-# The pipeline's file finds those of its components in their folders.
-SEARCH = """
-from os.path import dirname, join
-
-from . import __path__ as path
-
-path[:0] = [join(dirname(__file__), folder) for folder in {folders}]
-"""
-
-
-def travelling_files(module_name: str) -> dict[str, str]:
-    """
-    The files that a module of this package needs where the package is not installed; loaders are not among them.
-
-    There they lie side by side, so `from ..pictures.mask import load_masks` becomes `from . mask import load_masks`,
-    and nothing else is changed. The space hides the line from diffusers, which follows imports only in part:
-    [`write_code`] names all files in one place instead.
-
-    Args:
-        module_name (`str`): Full name of the module.
-
-    Returns:
-        `dict[str, str]`: The contents of the files by their names.
-    """
-    files, waiting = {}, [module_name]
-    while waiting:
-        name = waiting.pop()
-        parent, _, stem = name.rpartition(".")
-        if f"{stem}.py" in files or name.startswith(LOADERS):
-            continue
-        source = Path(find_spec(name).origin).read_text(encoding="utf-8")
-        waiting += [resolve_name(line[2], parent) for line in OWN_IMPORT.finditer(source)]
-        files[f"{stem}.py"] = OWN_IMPORT.sub(lambda line: f"{line[1]}from . {line[2].split('.')[-1]} import ", source)
-    return files
-
-
-def write_code(
-    folder: Path,
-    entry: str,
-    cls: type,
-    files: Mapping[str, str],
-    elsewhere: Mapping[str, Mapping[str, str]] | None = None,
-) -> None:
-    """
-    Writes code to a folder, and the module that diffusers is to load, which names all of it.
-
-    Args:
-        folder (`Path`): The folder, created if need be.
-        entry (`str`): Name of that module.
-        cls (`type`): The class that it gives.
-        files (`Mapping[str, str]`): Contents by file name, as [`travelling_files`] returns them.
-        elsewhere (`Mapping`, *optional*): Files that the class needs as well and that are in folders within this one:
-            the files of each folder.
-    """
-    elsewhere = elsewhere or {}
-    modules = [*files, *(f"{inner}.{file}" for inner, inner_files in elsewhere.items() for file in inner_files)]
-    text = ENTRY.format(
-        fetched="".join(f"    from .{module.removesuffix('.py')} import *\n" for module in sorted(modules)),
-        search=SEARCH.format(folders=list(elsewhere)) if elsewhere else "",
-        module=cls.__module__.rpartition(".")[2],
-        name=cls.__name__,
-    )
-    for name, content in {**files, f"{entry}.py": text}.items():
-        _write(folder / name, content)
-
-
-def write_modular_index(
-    folder: Path, pipeline, repo_id: str, variant: str | None, code: Mapping[str, Mapping[str, str]]
-) -> None:
-    """
-    Writes what Modular Diffusers reads of a folder: the blocks, the guider, and where to find each component.
-
-    Args:
-        folder (`Path`): The folder of a saved pipeline.
-        pipeline ([`MoebiusInpaintPipeline`]): The pipeline that was saved.
-        repo_id (`str`): Where the components are found once the folder is on the hub.
-        variant (`str`, *optional*): Variant of the weights.
-        code (`Mapping`): The files of code that lie in the folders of components.
-    """
-    from ..pipelines.modular_blocks_moebius import MODULE_FOR_INDEX, MoebiusAutoBlocks
-
-    known = {file for files in code.values() for file in files}
-    files = {name: text for name, text in travelling_files(MoebiusAutoBlocks.__module__).items() if name not in known}
-    write_code(folder, "load_blocks", MoebiusAutoBlocks, files, code)
-    version = {"_diffusers_version": diffusers.__version__}
-    name = MoebiusAutoBlocks.__name__
-    blocks = {"_class_name": name, "auto_map": {"ModularPipelineBlocks": f"load_blocks.{name}"}, **version}
-    _write(folder / MoebiusAutoBlocks.config_name, json.dumps(blocks, indent=2) + "\n")
-
-    settings = {key: value for key, value in pipeline.config.items() if key.startswith("default_")}
-    guider = {"_class_name": "ClassifierFreeGuidance", "start": settings["default_guidance_start"], **version}
-    guider["guidance_scale"] = settings["default_guidance_scale"]
-    _write(folder / "guider" / "guider_config.json", json.dumps(guider, indent=2) + "\n")
-
-    index = {"_class_name": "ModularPipeline", "_blocks_class_name": name, **version, **settings}
-    classes = {key: type(component) for key, component in pipeline.components.items()}
-    named = {key: (cls.__module__.partition(".")[0], cls.__name__) for key, cls in classes.items()}
-    for key, (library, class_name) in {**named, "guider": ("diffusers", "ClassifierFreeGuidance")}.items():
-        library = MODULE_FOR_INDEX if class_name in COMPONENT_CLASSES else library
-        place = {"pretrained_model_name_or_path": repo_id, "subfolder": key, "revision": None}
-        place["variant"] = variant if issubclass(classes.get(key, object), ModelMixin) else None
-        index[key] = [library, class_name, {"type_hint": [library, class_name], **place}]
-    _write(folder / "modular_model_index.json", json.dumps(index, indent=2) + "\n")
 
 
 class ModelSource:
@@ -434,7 +311,7 @@ class MoebiusLoaderMixin:
             )
 
         if not {"unet", "lcg_embedder"} <= set(kwargs):
-            path = source.path(cls._find_release_weights(source, folder, variant, use_safetensors))
+            path = source.path(find_release_weights(source, folder, variant, use_safetensors))
             kwargs = {**load_release_components(path, config, dtype, disable_mmap), **kwargs}
         kwargs.setdefault("scheduler", make_release_scheduler())
         kwargs.setdefault("default_guidance_scale", default_guidance_scale(folder))
@@ -444,40 +321,10 @@ class MoebiusLoaderMixin:
         pipeline.register_to_config(_name_or_path=source.location)
         return pipeline
 
-    @staticmethod
-    def _find_release_weights(
-        source: ModelSource, folder: str, variant: str | None, use_safetensors: bool | None
-    ) -> str:
-        names = [f"{folder}/{name}" for name in weight_names(variant, use_safetensors)]
-        # A folder with a config is a component in the layout of diffusers, such as the autoencoder.
-        is_component = f"{folder}/config.json" in source.files
-        for name in names:
-            if name in source.files and not is_component:
-                return name
-        if source.is_cache:
-            raise source.not_cached_error()
-        folders = {
-            parent
-            for parent, _, name in (file.rpartition("/") for file in source.files)
-            if name in weight_names() and f"{parent}/config.json" not in source.files
-        }
-        if folder in folders:
-            raise ValueError(
-                f"`variant` and `use_safetensors` ask for {' or '.join(names)}, which {source.location} does not have."
-            )
-        if folders - {""}:
-            raise ValueError(
-                f"`checkpoint` must be one of {', '.join(sorted(folders - {''}))} for {source.location}, but is"
-                f" {folder!r}."
-            )
-        raise ValueError(
-            f"`{source.argument}` must hold model_index.json or folders with checkpoints of the release, but"
-            f" {source.location} does not."
-        )
-
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        # A class name with a module makes diffusers run the saved code, even for the class that is here already.
+        # Private in diffusers, but the one place that sees `model_index.json` first: a class name with a module makes
+        # diffusers run the saved code, even for the class that is here already.
         config = super()._dict_from_json_file(json_file)
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][-1]
@@ -491,30 +338,6 @@ class MoebiusLoaderMixin:
             if isinstance(value, list | tuple) and len(value) == 2 and value[1] in COMPONENT_CLASSES:
                 init_dict[name] = [COMPONENT_CLASSES[value[1]].__module__, value[1]]
         return init_dict, unused_kwargs, hidden
-
-    def _write_index_and_code(self, folder: Path, repo_id: str, variant: str | None) -> None:
-        """Makes `model_index.json` one that diffusers understands without this package, and writes its code."""
-        path = folder / self.config_name
-        index = json.loads(path.read_text(encoding="utf-8"))
-        code = {}
-        for name, value in index.items():
-            if isinstance(value, list) and str(value[0]).startswith(f"{PACKAGE}."):
-                code[name] = travelling_files(value[0])
-                write_code(folder / name, f"load_{name}", type(getattr(self, name)), code[name])
-                value[0] = f"load_{name}"
-        if type(self).__module__.startswith(f"{PACKAGE}."):  # a class that somebody derived is not ours to copy
-            index["_class_name"] = ["load_pipeline", type(self).__name__]
-            known = {file for files in code.values() for file in files}
-            files = {file: text for file, text in travelling_files(type(self).__module__).items() if file not in known}
-            write_code(folder, "load_pipeline", type(self), files, code)
-            write_modular_index(folder, self, repo_id, variant, code)
-        if "unet" in code:
-            # For `AutoModel`, which reads no other config where this one is; hidden from the pipeline's own arguments.
-            index["auto_map"] = {"AutoModel": f"load_unet.{type(self.unet).__name__}"}
-            index["_use_default_values"] = {"auto_map": None}
-        if os.path.exists(index.get("_name_or_path") or ""):
-            del index["_name_or_path"]  # a path of this machine
-        _write(path, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def save_pretrained(
         self,
@@ -543,6 +366,7 @@ class MoebiusLoaderMixin:
         if folder.is_file():
             raise ValueError(f"`save_directory` must be a folder, but {folder} is a file.")
         push_kwargs = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        repo_id = push_kwargs.setdefault("repo_id", folder.absolute().name)
         super().save_pretrained(
             folder,
             safe_serialization=safe_serialization,
@@ -550,11 +374,11 @@ class MoebiusLoaderMixin:
             max_shard_size=max_shard_size,
             **kwargs,
         )
-        repo_id = push_kwargs.get("repo_id", folder.absolute().name)
-        self._write_index_and_code(folder, repo_id, variant)
+        write_indexes_and_code(folder, self, repo_id, variant)
         facts = weight_facts(self)
         if facts is not None:
-            _write(folder / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+            (folder / FACTS_FILE).write_text(text, encoding="utf-8")
         if not (folder / "README.md").exists():
             make_model_card(self, repo_id).save(folder / "README.md")
         if push_to_hub:
@@ -589,32 +413,13 @@ class MoebiusLoaderMixin:
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant, repo_id=repo_id)
-            return self._push(Path(folder), repo_id, commit_message, private, token, create_pr, subfolder)
+            options = {"commit_message": commit_message, "create_pr": create_pr}
+            return self._push(Path(folder), repo_id, private, token, subfolder, **options)
 
-    def _push(
-        self,
-        folder: Path,
-        repo_id: str | None = None,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        subfolder: str | None = None,
-    ):
-        repo_id = create_repo(repo_id or folder.absolute().name, private=private, token=token, exist_ok=True).repo_id
+    def _push(self, folder: Path, repo_id: str, private=None, token=None, subfolder=None, **kwargs):
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         readme = f"{subfolder}/README.md" if subfolder else "README.md"
         keeps_card = HfApi(token=token).file_exists(repo_id, readme)
-        return upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            path_in_repo=subfolder,
-            token=token,
-            commit_message=commit_message or f"Upload {type(self).__name__}",
-            create_pr=create_pr,
-            ignore_patterns="README.md" if keeps_card else None,
-        )
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+        kwargs["commit_message"] = kwargs.get("commit_message") or f"Upload {type(self).__name__}"
+        kwargs["ignore_patterns"] = "README.md" if keeps_card else None
+        return upload_folder(repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, token=token, **kwargs)

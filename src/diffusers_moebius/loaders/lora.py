@@ -184,27 +184,21 @@ class MoebiusLoraLoaderMixin(LoraBaseMixin):
     def lora_state_dict(
         cls,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, torch.Tensor],
-        weight_name: str | os.PathLike | None = None,
-        subfolder: str | os.PathLike | None = None,
         return_lora_metadata: bool = False,
         **kwargs,
     ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict | None]:
         """
-        Reads the weights of an adapter, without adding them to a model.
+        Reads the weights of an adapter, without adding them to a model; arguments as in [`load_lora_weights`].
 
         Args:
-            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `Mapping`): See [`load_lora_weights`].
-            weight_name (`str`, *optional*): See [`load_lora_weights`].
-            subfolder (`str`, *optional*): See [`load_lora_weights`].
             return_lora_metadata (`bool`, defaults to `False`): Also return the arguments of `LoraConfig` that the file
                 holds, or `None`.
-            kwargs: See [`load_lora_weights`].
 
         Returns:
             `dict[str, torch.Tensor]`, or a tuple of it and the metadata.
         """
-        unknown = sorted(set(kwargs) - {*HUB_ARGUMENTS})
-        if unknown:
+        weight_name, subfolder = kwargs.pop("weight_name", None), kwargs.pop("subfolder", None)
+        if unknown := sorted(set(kwargs) - {*HUB_ARGUMENTS}):
             raise ValueError(f"`{unknown[0]}` is not an argument; allowed are {', '.join(HUB_ARGUMENTS)}.")
         source, metadata = pretrained_model_name_or_path_or_dict, None
         if isinstance(source, Mapping):

@@ -146,6 +146,13 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         return new_pipeline
 
     @property
+    def modular_blocks(self) -> type:
+        """The class of the blocks that do the same in Modular Diffusers."""
+        from .modular_blocks_moebius import MoebiusAutoBlocks
+
+        return MoebiusAutoBlocks
+
+    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 

@@ -7,8 +7,8 @@ import pytest
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 import diffusers_moebius
-from diffusers_moebius.loaders import hub
-from diffusers_moebius.loaders.hub import travelling_files, write_code
+from diffusers_moebius.loaders import travelling_code
+from diffusers_moebius.loaders.travelling_code import travelling_files, write_code
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
@@ -47,7 +47,7 @@ def test_all_that_is_imported_travels_except_for_loaders(cls, tmp_path):
 def package(tmp_path, monkeypatch):
     """Writes modules of a package that is taken for ours."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(hub, "LOADERS", "travelling.loaders")
+    monkeypatch.setattr(travelling_code, "LOADERS", "travelling.loaders")
     for folder in ("travelling/inner", "travelling/loaders"):
         (tmp_path / folder).mkdir(parents=True)
 
@@ -78,8 +78,11 @@ def test_import_lines(package):
     assert files["other.py"] == "from diffusers.utils import logging\nY = 1\n"
 
 
-def test_the_file_that_diffusers_loads_names_all_others(tmp_path):
-    cls = MoebiusUNet2DModel
-    write_code(tmp_path, "load_it", cls, {"unet_2d_moebius.py": "A = 1\n"}, {"inner": {"other.py": "B = 1\n"}})
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()}.keys() == {"load_it.py", "unet_2d_moebius.py"}
-    assert set(get_relative_imports(tmp_path / "load_it.py")) == {"unet_2d_moebius", "inner.other"}
+def test_the_file_that_diffusers_loads_names_all_others(package, tmp_path):
+    package(base="X = 1\n", top="from .base import X\nclass A: ...\n", model="from .base import X\n")
+    there = write_code(tmp_path / "out" / "unet", "load_unet", "travelling.model", "B")
+    assert there.keys() == {"model.py", "base.py"}
+    assert set(get_relative_imports(tmp_path / "out" / "unet" / "load_unet.py")) == {"model", "base"}
+    assert write_code(tmp_path / "out", "load_it", "travelling.top", "A", {"unet": there}).keys() == {"top.py"}
+    assert set(get_relative_imports(tmp_path / "out" / "load_it.py")) == {"top", "unet.base", "unet.model"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"top.py", "load_it.py", "unet"}
