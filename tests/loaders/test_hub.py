@@ -16,6 +16,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPi
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 
+from diffusers_moebius import bundled_checkpoint
+from diffusers_moebius.loaders.model_card import weight_facts
 from diffusers_moebius.models.latent_categories import LatentCategoriesEmbedder
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.models.unet_2d_pixelhacker import PixelHackerUNet2DModel
@@ -469,6 +471,31 @@ def _copy(source: Path, target: Path) -> None:
         if path.is_file():
             (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             (target / path.relative_to(source)).write_bytes(path.read_bytes())
+
+
+# The model that is part of the package
+
+
+def test_the_name_of_the_bundled_model(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = MoebiusInpaintPipeline.from_pretrained("nano")
+    assert loaded.config._name_or_path == str(bundled_checkpoint("nano"))
+    assert loaded.config.default_num_inference_steps == 1
+    assert weight_facts(loaded) is not None
+    assert hub.requests == []
+    expected = MoebiusInpaintPipeline.from_pretrained(bundled_checkpoint("nano"))
+    np.testing.assert_array_equal(run(loaded), run(expected))
+    vae = MoebiusInpaintPipeline.from_pretrained("nano", vae="nano", dtype=torch.bfloat16).vae
+    assert isinstance(vae, AutoencoderTiny) and vae.dtype == torch.bfloat16
+
+
+def test_a_folder_of_that_name_wins(saved, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    saved.rename("nano")
+    with caplog.at_level("WARNING"):
+        loaded = MoebiusInpaintPipeline.from_pretrained("nano")
+    assert loaded.config.default_num_inference_steps == 20
+    assert "nano is taken as the folder of that name" in caplog.text
 
 
 # Saving
