@@ -1,7 +1,7 @@
 """Between pictures and the latents that the denoiser works on, for inference and training alike."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -110,23 +110,50 @@ def stack_regions(regions: list[Region], device: torch.device) -> tuple[torch.Te
     return image.to(device), mask.to(device)
 
 
-def encode_start(
+def select_latents(
+    latents: torch.Tensor | list[torch.Tensor] | None, rows: Iterable[int], device: torch.device
+) -> torch.Tensor | None:
+    """The rows of latents that a caller gave, as one batch in float32; `None` if there are none."""
+    return None if latents is None else torch.stack([latents[row] for row in rows]).to(device, torch.float32)
+
+
+def encode_pictures(
     vae: AutoencoderKL | AutoencoderTiny,
     image: torch.Tensor,
     mask: torch.Tensor,
+    latents: torch.Tensor | None,
+    masked_image_latents: torch.Tensor | None,
+    strength: float,
     masked_content: str,
     generator: torch.Generator | list[torch.Generator] | None,
     samples_per_image: int = 1,
-) -> torch.Tensor:
-    """The latents that are noised to start from: those of the pictures, or of the pictures with filled holes."""
-    start = fill_hole(image, mask) if masked_content == "fill" else image
-    return encode_latents(vae, start, generator, samples_per_image)
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """
+    What the denoiser is told of pictures with holes; latents that were given are not computed.
 
+    Args:
+        vae ([`AutoencoderKL`] or [`AutoencoderTiny`]): The autoencoder.
+        image (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
+        mask (`torch.Tensor` of shape `[B, 1, H, W]`): 1 is filled.
+        latents (`torch.Tensor`, *optional*): Latents to start from, if they were given.
+        masked_image_latents (`torch.Tensor`, *optional*): Latents of the masked pictures, if they were given.
+        strength (`float`): Below 1 the start is the noised pictures.
+        masked_content (`str`): With `"fill"` their holes are filled first ([`fill_hole`]).
+        generator (`torch.Generator` or a list of them, *optional*): Source of the samples.
+        samples_per_image (`int`, defaults to 1): Results a picture.
 
-def mask_to_latents(mask: torch.Tensor, latent: int, samples_per_image: int = 1) -> torch.Tensor:
-    """Brings masks `[B, 1, H, W]` to latent size, a latent being `latent` pixels wide, one a sample."""
-    size = [length // latent for length in mask.shape[2:]]
-    return F.interpolate(mask, size=size, mode="nearest").repeat_interleave(samples_per_image, dim=0)
+    Returns:
+        `tuple`: Latents of the pictures to start from (`None` if not needed), latents of the masked pictures, and
+        masks in latent size, one a result.
+    """
+    image_latents = None
+    if latents is None and strength < 1:
+        start = fill_hole(image, mask) if masked_content == "fill" else image
+        image_latents = encode_latents(vae, start, generator, samples_per_image)
+    if masked_image_latents is None:
+        masked_image_latents = encode_latents(vae, image * (1 - mask), generator, samples_per_image)
+    mask = F.interpolate(mask, size=masked_image_latents.shape[2:], mode="nearest")
+    return image_latents, masked_image_latents, mask.repeat_interleave(samples_per_image, dim=0)
 
 
 def prepare_noise(
@@ -143,9 +170,10 @@ def prepare_noise(
 
 
 def prepare_latents(
+    latents: torch.Tensor | None,
     image_latents: torch.Tensor | None,
+    masked_image_latents: torch.Tensor,
     mask: torch.Tensor,
-    channels: int,
     scheduler,
     timestep: torch.Tensor,
     noise_offset: float,
@@ -153,12 +181,13 @@ def prepare_latents(
     generator: torch.Generator | list[torch.Generator] | None,
 ) -> torch.Tensor:
     """
-    The latents to start from: pure noise, or the noised latents of a picture.
+    The latents to start from: those given, the noised latents of pictures, or pure noise.
 
     Args:
-        image_latents (`torch.Tensor` of shape `[B, channels, h, w]`, *optional*): Where to start; noise by default.
+        latents (`torch.Tensor` of shape `[B, 4, h, w]`, *optional*): Given ones, used as they are.
+        image_latents (`torch.Tensor` of shape `[B, 4, h, w]`, *optional*): Latents of pictures to start from.
+        masked_image_latents (`torch.Tensor` of shape `[B, 4, h, w]`): Latents of the masked pictures.
         mask (`torch.Tensor` of shape `[B, 1, h, w]`): 1 is filled.
-        channels (`int`): Channels of the latents.
         scheduler ([`SchedulerMixin`]): Scheduler with its timesteps set.
         timestep (`torch.Tensor`): The first timestep.
         noise_offset (`float`): See [`prepare_noise`].
@@ -166,9 +195,11 @@ def prepare_latents(
         generator (`torch.Generator` or a list of them, *optional*): Source of the noise.
 
     Returns:
-        `torch.Tensor` of shape `[B, channels, h, w]`, float32.
+        `torch.Tensor` of shape `[B, 4, h, w]`, float32.
     """
-    shape = (len(mask), channels, *mask.shape[2:])
+    if latents is not None:
+        return latents
+    shape = masked_image_latents.shape
     noise = prepare_noise(shape, noise_offset, generator, mask.device)
     if image_latents is None:
         return noise * scheduler.init_noise_sigma

@@ -33,14 +33,7 @@ from ..pictures.picture import stack_results
 from ..pictures.region import find_regions
 from .denoising import embed_categories, predict_noise, prepare_model_input, scheduler_step, set_timesteps
 from .inputs import check_latents, check_options, model_sizes, prepare_generator
-from .latents import (
-    decode_pictures,
-    encode_latents,
-    encode_start,
-    mask_to_latents,
-    prepare_latents,
-    stack_regions,
-)
+from .latents import decode_pictures, encode_pictures, prepare_latents, select_latents, stack_regions
 
 logger = logging.get_logger(__name__)
 
@@ -202,27 +195,25 @@ class MoebiusVaeEncoderStep(MoebiusBlock):
         if block_state.strength is None:
             block_state.strength = components.config.default_strength
         check_options(strength=block_state.strength, masked_content=block_state.masked_content)
-        vae, image, mask = components.vae, block_state.processed_image, block_state.processed_mask_image
-        sizes = model_sizes(vae, None)
-        result_sizes = [tuple(image.shape[2:])] * (len(image) * block_state.num_images_per_prompt)
+        vae, image = components.vae, block_state.processed_image
+        results = range(len(image) * block_state.num_images_per_prompt)
+        given = []
         for name in ("latents", "masked_image_latents"):
-            check_latents(name, block_state[name], result_sizes, vae.config.latent_channels, sizes)
-
-        draws = block_state.generator, block_state.num_images_per_prompt
-        block_state.image_latents = None
-        if block_state.latents is None and block_state.strength < 1:
-            block_state.image_latents = encode_start(vae, image, mask, block_state.masked_content, *draws)
-        if block_state.masked_image_latents is None:
-            block_state.masked_image_latents = encode_latents(vae, image * (1 - mask), *draws)
-        else:
-            block_state.masked_image_latents = _as_batch(block_state.masked_image_latents, image.device)
-        block_state.mask = mask_to_latents(mask, sizes.latent, block_state.num_images_per_prompt)
+            sizes, channels = [tuple(image.shape[2:]) for _ in results], vae.config.latent_channels
+            check_latents(name, block_state[name], sizes, channels, model_sizes(vae, None))
+            given.append(select_latents(block_state[name], results, image.device))
+        block_state.image_latents, block_state.masked_image_latents, block_state.mask = encode_pictures(
+            vae,
+            image,
+            block_state.processed_mask_image,
+            *given,
+            block_state.strength,
+            block_state.masked_content,
+            block_state.generator,
+            block_state.num_images_per_prompt,
+        )
         self.set_block_state(state, block_state)
         return components, state
-
-
-def _as_batch(latents: torch.Tensor | list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    return torch.stack(list(latents)).to(device, torch.float32)
 
 
 class MoebiusCategoryEncoderStep(MoebiusBlock):
@@ -308,19 +299,17 @@ class MoebiusPrepareLatentsStep(MoebiusBlock):
     def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         block_state = self.get_block_state(state)
         check_options(noise_offset=block_state.noise_offset)
-        if block_state.latents is None:
-            block_state.latents = prepare_latents(
-                block_state.image_latents,
-                block_state.mask,
-                block_state.masked_image_latents.shape[1],
-                block_state.scheduler,
-                block_state.timesteps[:1],
-                block_state.noise_offset,
-                block_state.masked_content,
-                block_state.generator,
-            )
-        else:
-            block_state.latents = _as_batch(block_state.latents, block_state.mask.device)
+        block_state.latents = prepare_latents(
+            select_latents(block_state.latents, range(len(block_state.mask)), block_state.mask.device),
+            block_state.image_latents,
+            block_state.masked_image_latents,
+            block_state.mask,
+            block_state.scheduler,
+            block_state.timesteps[:1],
+            block_state.noise_offset,
+            block_state.masked_content,
+            block_state.generator,
+        )
         self.set_block_state(state, block_state)
         return components, state
 

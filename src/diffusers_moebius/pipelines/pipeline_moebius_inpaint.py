@@ -20,14 +20,7 @@ from ..pictures.picture import stack_results
 from ..pictures.region import Region, find_regions
 from .denoising import embed_categories, predict_noise, prepare_model_input, scheduler_step, set_timesteps
 from .inputs import check_latents, check_options, model_sizes, prepare_generator
-from .latents import (
-    decode_pictures,
-    encode_latents,
-    encode_start,
-    mask_to_latents,
-    prepare_latents,
-    stack_regions,
-)
+from .latents import decode_pictures, encode_pictures, prepare_latents, select_latents, stack_regions
 
 try:
     from ..loaders.hub import MoebiusLoaderMixin
@@ -506,30 +499,29 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
 
                 # 4. Latents of the pictures, of the masked pictures, and to start from
                 init_image, mask = stack_regions([regions[i] for i in indices], device)
-                image_latents = None
-                if latents is None and strength < 1:
-                    image_latents = encode_start(
-                        self.vae, init_image, mask, masked_content, batch_generator, num_images_per_prompt
-                    )
-                if masked_image_latents is None:
-                    masked_image = init_image * (1 - mask)
-                    batch_masked = encode_latents(self.vae, masked_image, batch_generator, num_images_per_prompt)
-                else:
-                    batch_masked = torch.stack([masked_image_latents[row] for row in rows]).to(device, torch.float32)
-                mask = mask_to_latents(mask, self.sizes.latent, num_images_per_prompt)
-                if latents is None:
-                    batch_latents = prepare_latents(
-                        image_latents,
-                        mask,
-                        channels,
-                        batch_scheduler,
-                        timesteps[:1],
-                        noise_offset,
-                        masked_content,
-                        batch_generator,
-                    )
-                else:
-                    batch_latents = torch.stack([latents[row] for row in rows]).to(device, torch.float32)
+                batch_latents = select_latents(latents, rows, device)
+                image_latents, batch_masked, mask = encode_pictures(
+                    self.vae,
+                    init_image,
+                    mask,
+                    batch_latents,
+                    select_latents(masked_image_latents, rows, device),
+                    strength,
+                    masked_content,
+                    batch_generator,
+                    num_images_per_prompt,
+                )
+                batch_latents = prepare_latents(
+                    batch_latents,
+                    image_latents,
+                    batch_masked,
+                    mask,
+                    batch_scheduler,
+                    timesteps[:1],
+                    noise_offset,
+                    masked_content,
+                    batch_generator,
+                )
 
                 # 5. Denoising
                 batch_latents = self.denoise(
