@@ -16,7 +16,6 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from .fusion import fuse_for_inference
 from .linear_attention import GatedLinearAttention, ProcessedAttention
 
 SELF_ATTENTION_TYPES = ("local_lambda", "gla")
@@ -778,6 +777,8 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         Raises:
             ValueError: If the model is in train mode or quantized, or LoRA adapters are active and not fused.
         """
+        from .fusion import fuse_for_inference
+
         fuse_for_inference(self)
 
     def set_lambda_algorithm(self, algorithm: str) -> None:
