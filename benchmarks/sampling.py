@@ -25,7 +25,7 @@ from quality_data import Samples, blank_hole
 from quality_metrics import lpips_in_hole_and_picture, psnr
 from tqdm.auto import tqdm
 
-from diffusers_moebius import MoebiusInpaintPipeline, bundled_checkpoint
+from diffusers_moebius import MoebiusInpaintPipeline
 from diffusers_moebius.training.perceptual import LPIPS
 
 SAMPLERS = {
@@ -205,8 +205,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    source = bundled_checkpoint(args.model) if args.model == "nano" else args.model
-    pipe = MoebiusInpaintPipeline.from_pretrained(source, dtype=torch.float32).to(args.device).prepare_for_inference()
+    pipe = MoebiusInpaintPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+    pipe.prepare_for_inference()
     lpips = LPIPS.from_pretrained(args.lpips_weights).to(args.device)
     samples = Samples(args.data, limit=args.limit, resolution=args.resolution)
     print(markdown_tables(args, compare(args, pipe, lpips, samples)))

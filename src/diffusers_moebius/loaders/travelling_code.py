@@ -28,6 +28,7 @@ OWN_IMPORT = re.compile(r"^( *)from (\.+[\w.]+) import ", re.MULTILINE)
 ENTRY = '''"""What diffusers loads of this folder: it fetches each file that a line here names."""
 
 import sys
+from importlib import invalidate_caches
 from os.path import dirname, join
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 package = sys.modules.setdefault(__package__, ModuleType(__package__))
 folders = [join(dirname(__file__), folder) for folder in {folders}]
 package.__path__ = list(dict.fromkeys([*folders, *getattr(package, "__path__", []), dirname(__file__)]))
+invalidate_caches()
 
 from .{module} import {name}
 '''

@@ -4,24 +4,22 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 
-class ProcessedAttention(nn.Module):
-    """A layer whose algorithm is a processor of one of its `processor_types`."""
+class ProcessedAttention(nn.Module, AttentionModuleMixin):
+    """A layer whose algorithm is a processor of one of its `_available_processors`."""
 
-    processor_types: tuple[type, ...] = ()
-
-    def get_processor(self):
-        return self.processor
+    _supports_qkv_fusion = False
 
     def set_processor(self, processor) -> None:
-        if not isinstance(processor, self.processor_types):
-            allowed = ", ".join(cls.__name__ for cls in self.processor_types)
+        if not isinstance(processor, tuple(self._available_processors)):
+            allowed = ", ".join(cls.__name__ for cls in self._available_processors)
             raise ValueError(
                 f"`processor` of {type(self).__name__} must be one of {allowed}, but is {type(processor).__name__}."
             )
-        self.processor = processor
+        super().set_processor(processor)
 
 
 class GatedLinearAttentionProcessor:
@@ -121,11 +119,12 @@ class GatedLinearAttention(ProcessedAttention):
             [`FlashGatedLinearAttentionProcessor`].
     """
 
-    processor_types = (
+    _default_processor_cls = ChunkedGatedLinearAttentionProcessor
+    _available_processors = [
         GatedLinearAttentionProcessor,
         ChunkedGatedLinearAttentionProcessor,
         FlashGatedLinearAttentionProcessor,
-    )
+    ]
 
     def __init__(
         self,
@@ -149,7 +148,7 @@ class GatedLinearAttention(ProcessedAttention):
         )
         self.g_norm_swish_gate = nn.RMSNorm(dim // num_heads, eps=1e-6)
         self.o_proj = nn.Linear(dim, dim, bias=False)
-        self.set_processor(processor or ChunkedGatedLinearAttentionProcessor())
+        self.set_processor(processor or self._default_processor_cls())
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query (scaled), key, value and logarithm of the decay, each `[B, h, n, d]` in float32 or better."""

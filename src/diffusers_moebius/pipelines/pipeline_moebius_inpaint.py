@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import KarrasDiffusionSchedulers, UniPCMultistepScheduler
 from diffusers.utils import logging, replace_example_docstring
 
-from ..models.adapter_layers import remove_fused_adapters
+from ..models.fusion import remove_fused_adapters
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
