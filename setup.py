@@ -21,12 +21,15 @@ PEFT = "peft>=0.18,<0.22"
 GRADIO = "gradio>=6.0,<6.32"
 EXTRAS = {
     "examples": ["scikit-image>=0.24"],
+    "heic": ["pillow-heif>=0.18"],  # photos of phones; not in the core for its size (6 MB) and x265's licence (GPL)
+    "parquet": ["pyarrow>=15"],
     "lora": [PEFT],
     "train": ["datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.16", "transformers>=4.56", PEFT],
     "perceptual": ["elatentlpips>=0.2"],
     "demo": [GRADIO, "opencv-python-headless>=4.10", "scikit-image>=0.24", "transformers>=4.56"],
     "eval": ["opencv-python-headless>=4.10", "scikit-image>=0.24"],
     "bench": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
+    "lpips": ["lpips>=0.1.4"],  # brings torchvision, and downloads AlexNet; without it LPIPS takes weights from a file
     "fid": ["torch-fidelity>=0.3"],  # brings torchvision; without it the FID takes Inception as TorchScript
 }
 EXTRAS["dev"] = sorted(
@@ -34,6 +37,8 @@ EXTRAS["dev"] = sorted(
         *EXTRAS["train"],
         *EXTRAS["eval"],
         *EXTRAS["demo"],
+        *EXTRAS["heic"],
+        *EXTRAS["parquet"],
         "playwright>=1.49",
         "hypothesis>=6.100",
         "pytest>=8.0",

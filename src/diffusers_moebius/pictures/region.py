@@ -81,6 +81,8 @@ def find_regions(
     padding_mask_crop: int | None = None,
     height: int | None = None,
     width: int | None = None,
+    mask_threshold: float = 0.5,
+    mask_source: str = "auto",
 ) -> list[Region]:
     """
     Reads photos and masks, and finds where in each photo the model is to work.
@@ -93,6 +95,8 @@ def find_regions(
         padding_mask_crop (`int`, *optional*): Margin around the mask's box; by default the whole photo is worked on.
         height (`int`, *optional*): Height to work at, see [`working_size`].
         width (`int`, *optional*): Width to work at.
+        mask_threshold (`float`, defaults to 0.5): As in [`load_masks`].
+        mask_source (`str`, defaults to `"auto"`): As in [`load_masks`].
 
     Returns:
         `list[Region]`: One a photo.
@@ -104,7 +108,8 @@ def find_regions(
         if value is not None and (not isinstance(value, Integral) or value < 0):
             raise ValueError(f"`{name}` must be a whole number of at least 0, but is {value}.")
     pictures = load_pictures(image)
-    masks = [dilate_mask(mask, mask_dilation) for mask in load_masks(mask_image, pictures)]
+    masks = load_masks(mask_image, pictures, mask_threshold, mask_source)
+    masks = [dilate_mask(mask, mask_dilation) for mask in masks]
     return [
         find_region(picture, mask, sizes, padding_mask_crop, height, width) for picture, mask in zip(pictures, masks)
     ]

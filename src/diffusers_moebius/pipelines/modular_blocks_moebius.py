@@ -48,6 +48,8 @@ _VALUES = {
     "image": (Any, "The photos."),
     "mask_image": (Any, "The masks, of the photos' sizes; white is filled."),
     "mask_dilation": (int, "Pixels by which the masks grow first."),
+    "mask_threshold": (float, "Fill where a mask is at least so bright, as a share of white."),
+    "mask_source": (str, "What of a mask says where to fill: 'auto', 'alpha', 'transparent' or 'luminance'."),
     "padding_mask_crop": (int, "Margin in pixels around the mask's box to work on; by default the whole photo."),
     "height": (int, "Height in pixels at which the model works, a multiple of 32."),
     "width": (int, "Width in pixels at which the model works, a multiple of 32."),
@@ -115,6 +117,8 @@ class MoebiusInputStep(MoebiusBlock):
             "image",
             "mask_image",
             mask_dilation=0,
+            mask_threshold=0.5,
+            mask_source="auto",
             padding_mask_crop=None,
             height=None,
             width=None,
@@ -138,6 +142,8 @@ class MoebiusInputStep(MoebiusBlock):
             block_state.padding_mask_crop,
             block_state.height,
             block_state.width,
+            block_state.mask_threshold,
+            block_state.mask_source,
         )
         sizes = sorted({region.size for region in regions})
         if len(sizes) > 1:

@@ -327,6 +327,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         eta: float = 0.0,
         noise_offset: float = 0.0357,
         mask_dilation: int = 0,
+        mask_threshold: float = 0.5,
+        mask_source: str = "auto",
         color_compensation: bool = False,
         paste: str | None = "auto",
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -346,14 +348,16 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
                 The photos. NumPy arrays are `[H, W]`, `[H, W, C]` or `[B, H, W, C]`, torch tensors `[H, W]`,
-                `[C, H, W]` or `[B, C, H, W]`, both `uint8`, `uint16` or floats from 0 to 1 (a range of [-1, 1] is
-                refused). Grey, palette, RGB, CMYK, 16-bit grey and pictures with an alpha channel are accepted. A list
-                may mix sizes. Both sides have at least 16 px, and one is at most 16 times the other. EXIF orientation
-                is not applied: a picture is taken as its pixels lie.
+                `[C, H, W]` or `[B, C, H, W]`, both `uint8`, `uint16` or floats from 0 to 1, or from -1 to 1 if
+                any is below -0.25 (results are from 0 to 1 all the same). Grey, palette, RGB, CMYK, 16-bit grey and
+                pictures with an alpha channel are accepted. A list may mix sizes. Both sides have at least 16 px, and
+                one is at most 16 times the other. EXIF orientation is not applied: a picture is taken as its pixels
+                lie.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                White is filled. One mask for all photos or one each, of the photo's size, in two values (at most);
-                also boolean. A mask with an alpha channel that is not opaque everywhere is that alpha channel: opaque
-                is filled, whatever its colour. A three-dimensional torch tensor is a batch `[B, H, W]`.
+                White is filled, from `mask_threshold` on. One mask for all photos or one each, of the photo's size or
+                at least its aspect ratio; also boolean, or of whole numbers 0 and 1. A mask with an alpha channel that
+                is not opaque everywhere is that alpha channel (see `mask_source`). A three-dimensional torch tensor is
+                a batch `[B, H, W]`. A mask that fills most of the photo, or all of its border, gets a warning.
             masked_image_latents (`torch.Tensor` or `list[torch.Tensor]`, *optional*):
                 Scaled latents of the masked photos, `[B * num_images_per_prompt, 4, h, w]`, or a list of `[4, h, w]`
                 where sizes differ. Computed from `image` by default.
@@ -401,6 +405,12 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             mask_dilation (`int`, defaults to 0):
                 Pixels by which the mask grows in every direction before anything else. What lies outside the grown
                 mask counts as outside.
+            mask_threshold (`float`, defaults to 0.5):
+                Share of white, or of opaque, from which on a pixel of the mask is filled.
+            mask_source (`str`, defaults to `"auto"`):
+                What of the mask says which pixels are filled. `"luminance"`: white ones. `"alpha"`: opaque ones,
+                whatever their colour. `"transparent"`: transparent ones. `"auto"`: alpha where it is not opaque
+                everywhere, else luminance.
             color_compensation (`bool`, defaults to `False`):
                 Shifts the colours of the result by 1.1 times the mean difference to the photo around the hole.
             paste (`str`, *optional*, defaults to `"auto"`):
@@ -470,7 +480,17 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but holds "
                 f"{sorted(unknown)}."
             )
-        regions = find_regions(image, mask_image, self.sizes, mask_dilation, padding_mask_crop, height, width)
+        regions = find_regions(
+            image,
+            mask_image,
+            self.sizes,
+            mask_dilation,
+            padding_mask_crop,
+            height,
+            width,
+            mask_threshold,
+            mask_source,
+        )
         generator = prepare_generator(generator, len(regions), num_images_per_prompt)
         channels = self.vae.config.latent_channels
         result_sizes = [region.size for region in regions for _ in range(num_images_per_prompt)]
