@@ -185,7 +185,7 @@ def remove_fused_adapters(model: nn.Module) -> None:
         model.unload_lora()
 
 
-# By name: diffusers runs the code of a saved model anew at each load, which makes new classes.
+# By name, since the file with the classes imports this one.
 REPLACEMENTS = {
     "SeparableConv2d": FusedSeparableConv2d,
     "MixFeedForward": SlicedMixFeedForward,
@@ -204,12 +204,14 @@ def fuse_for_inference(unet: nn.Module) -> None:
         unet ([`MoebiusUNet2DModel`]): The model, which is changed. A second time changes nothing.
 
     Raises:
-        ValueError: If the model is in train mode, or LoRA adapters are active and not fused.
+        ValueError: If the model is in train mode or quantized, or LoRA adapters are active and not fused.
     """
     if unet.is_fused:
         return
     if unet.training:
         raise ValueError("In train mode BatchNorm follows the batch and cannot be folded: call `eval()` first.")
+    if getattr(unet, "hf_quantizer", None) is not None:
+        raise ValueError("Quantized weights cannot be folded or cut up: load the model without `quantization_config`.")
     remove_fused_adapters(unet)
     for parent in list(unet.modules()):
         if hasattr(parent, "add"):  # a block

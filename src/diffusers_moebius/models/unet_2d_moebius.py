@@ -550,10 +550,14 @@ class MoebiusUpBlock2D(nn.Module):
         return hidden_states if self.upsamplers is None else self.upsamplers[0](hidden_states)
 
 
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
 @contextmanager
 def frozen_batch_statistics(module: nn.Module):
     """Keeps the running statistics of BatchNorm as they are while the batch's own statistics normalise."""
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = batch_norms(module)
     saved = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
     for layer in layers:
         layer.momentum = 0.0
@@ -605,8 +609,7 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
     The U-Net of Moebius that predicts the noise of inpainted latents (arXiv 2606.19195, section 3).
 
     The defaults are the published model. In half precision the softmaxes, the sinusoidal time embedding and the state
-    of gated linear attention are computed in float32, and the BatchNorm layers keep float32 weights and statistics
-    when the model is loaded with `dtype`.
+    of gated linear attention are computed in float32, and the BatchNorm layers keep float32 weights and statistics.
 
     Args:
         sample_size (`int`, defaults to 64): Native side of the latents; other sizes resample the position embeddings.
@@ -732,10 +735,28 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         self.gradient_checkpointing = False
         self.is_fused = False
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As [`~ModelMixin.from_pretrained`]; statistics of layers that are offloaded to the disk are loaded too."""
+        result = super().from_pretrained(*args, **kwargs)
+        for layer in batch_norms(result[0] if isinstance(result, tuple) else result):
+            hook = getattr(layer, "_hf_hook", None)
+            if getattr(hook, "offload", False):  # accelerate offloads weights and leaves buffers as they were made
+                for name, buffer in layer.named_buffers():
+                    buffer.copy_(hook.weights_map[name])
+        return result
+
     def to(self, *args, **kwargs):
-        """As [`~ModelMixin.to`]; a `memory_format` applies to the convolutions, whatever the rank of other weights."""
+        """
+        As [`~ModelMixin.to`]; BatchNorm stays in float32 when the rest is cast to half precision, as in
+        `from_pretrained`, and a `memory_format` applies to the convolutions, whatever the rank of other weights.
+        """
         memory_format = kwargs.pop("memory_format", None)
+        statistics = [(layer, layer.state_dict()) for layer in batch_norms(self)]
         model = super().to(*args, **kwargs) if args or kwargs else self
+        for layer, state in statistics:
+            if layer.running_var.dtype in (torch.float16, torch.bfloat16):
+                layer.float().load_state_dict(state)
         if memory_format is not None:
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
@@ -761,7 +782,7 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         load the model again. LoRA adapters that have been fused become part of the weights.
 
         Raises:
-            ValueError: If the model is in train mode, or LoRA adapters are active and not fused.
+            ValueError: If the model is in train mode or quantized, or LoRA adapters are active and not fused.
         """
         fuse_for_inference(self)
 
