@@ -1,7 +1,5 @@
 """Gated linear attention, and what attention layers with exchangeable algorithms share."""
 
-from importlib import import_module
-
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
@@ -86,14 +84,13 @@ class FlashGatedLinearAttentionProcessor:
 
     def __init__(self):
         try:
-            # Not an import statement, or diffusers would warn at each load of saved code that it is missing.
-            chunk_gla = import_module("fla.ops.gla").chunk_gla
+            import fla.ops.gla as gla
         except ImportError as error:
             raise ImportError(
                 "FlashGatedLinearAttentionProcessor needs the package flash-linear-attention"
                 " (`pip install flash-linear-attention`)."
             ) from error
-        self.chunk_gla = chunk_gla
+        self.chunk_gla = gla.chunk_gla
 
     def __call__(self, attn: "GatedLinearAttention", hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.device.type != "cuda":
