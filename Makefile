@@ -6,7 +6,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint space clean
+.PHONY: demo test test-all test-floor lint space clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/demo.py --output demo_output
@@ -16,6 +16,11 @@ test: $(VENV)/.dev-installed
 
 test-all: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Models, pipelines and loaders with the oldest diffusers and peft that are allowed, in an environment of their own.
+test-floor:
+	$(MAKE) VENV=$(VENV)-floor FLOOR="-c constraints-floor.txt" \
+		PYTEST_ARGS="$(PYTEST_ARGS) tests/models tests/pipelines tests/loaders" test
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
@@ -31,7 +36,7 @@ space:
 	cd build/space && echo "./$$(ls diffusers_moebius-*.whl)[demo]" > requirements.txt
 
 clean:
-	rm -rf $(VENV) demo_output build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-floor demo_output build dist src/*.egg-info
 
 $(VENV)/.torch-installed: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
@@ -48,5 +53,5 @@ $(VENV)/.demo-installed: $(VENV)/.torch-installed setup.py
 	touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.torch-installed setup.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(FLOOR) -e ".[dev]"
 	touch $@
