@@ -112,14 +112,12 @@ def inpaint_items(
                 continue
             if pipeline is None:
                 from ..pictures.region import find_region  # brings torch
-                from ..pipelines.inputs import model_sizes
 
                 pipeline = load_pipeline()
                 batch_size = batch_size or _suggest_batch_size(pipeline)
-                sizes = model_sizes(pipeline.vae, pipeline.unet)
             photo, seconds = future.result()
             try:
-                size = find_region(photo.image, photo.mask, sizes, options.get("padding_mask_crop")).size
+                size = find_region(photo.image, photo.mask, pipeline.sizes, options.get("padding_mask_crop")).size
             except ValueError as error:
                 yield Outcome(item, [], photo.remarks, seconds, ValueError(f"{item.name}: {error}"))
                 continue
