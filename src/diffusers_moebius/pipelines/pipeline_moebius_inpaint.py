@@ -299,10 +299,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             if keep_empty or region.mask.any():
                 batches.setdefault(region.size, []).append(index)
             else:
-                logger.warning(
-                    f"`mask_image` is empty for picture {index} (no value reaches half of white): the picture is "
-                    "returned unchanged."
-                )
+                logger.warning(f"`mask_image` is empty for picture {index}: the picture is returned unchanged.")
         return batches
 
     @torch.no_grad()
