@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from .unet_2d_moebius import LambdaLayer, MixFeedForward, MoebiusBlock, MoebiusUpsample2D, SeparableConv2d
+
 
 # Both write into their first argument: to be given new memory by the system costs more time than the arithmetic.
 def silu_(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -52,7 +54,7 @@ class FusedSeparableConv2d(nn.Module):
         max_elements (`int`, defaults to 3 * 2**19): Size up to which a slice may grow on the CPU.
     """
 
-    def __init__(self, layer: nn.Module, max_elements: int = 3 * 2**19):
+    def __init__(self, layer: SeparableConv2d, max_elements: int = 3 * 2**19):
         super().__init__()
         self.has_skip = layer.has_skip
         self.max_elements = max_elements
@@ -85,7 +87,7 @@ class SlicedMixFeedForward(nn.Module):
             stays in the cache and in memory that the allocator keeps, and 2**28 elsewhere.
     """
 
-    def __init__(self, layer: nn.Module, max_elements: int | None = None):
+    def __init__(self, layer: MixFeedForward, max_elements: int | None = None):
         super().__init__()
         self.max_elements = max_elements
         inverted, depth = layer.inverted_conv.conv, layer.depth_conv.conv
@@ -129,7 +131,7 @@ class SmallGridUpsample2D(nn.Module):
         layer (`MoebiusUpsample2D`): The layer that it replaces.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: MoebiusUpsample2D):
         super().__init__()
         weight = layer.conv.weight.detach()
         # What multiplies x[i] - x[i - 1], x[i] and x[i + 1] - x[i].
@@ -185,27 +187,15 @@ def remove_fused_adapters(model: nn.Module) -> None:
         model.unload_lora()
 
 
-# By name, since the file with the classes imports this one.
 REPLACEMENTS = {
-    "SeparableConv2d": FusedSeparableConv2d,
-    "MixFeedForward": SlicedMixFeedForward,
-    "MoebiusUpsample2D": SmallGridUpsample2D,
+    SeparableConv2d: FusedSeparableConv2d,
+    MixFeedForward: SlicedMixFeedForward,
+    MoebiusUpsample2D: SmallGridUpsample2D,
 }
 
 
 def fuse_for_inference(unet: nn.Module) -> None:
-    """
-    Folds every BatchNorm into the layer before it, and puts the faster layers of this file in the place of others.
-
-    The function of the model stays the same but for rounding. It can no longer be trained or saved; to undo it, load
-    the model again. LoRA adapters that have been fused become part of the weights.
-
-    Args:
-        unet ([`MoebiusUNet2DModel`]): The model, which is changed. A second time changes nothing.
-
-    Raises:
-        ValueError: If the model is in train mode or quantized, or LoRA adapters are active and not fused.
-    """
+    """Folds every BatchNorm and puts the faster layers in place: see [`MoebiusUNet2DModel.fuse_for_inference`]."""
     if unet.is_fused:
         return
     if unet.training:
@@ -214,15 +204,15 @@ def fuse_for_inference(unet: nn.Module) -> None:
         raise ValueError("Quantized weights cannot be folded or cut up: load the model without `quantization_config`.")
     remove_fused_adapters(unet)
     for parent in list(unet.modules()):
-        if hasattr(parent, "add"):  # a block
+        if isinstance(parent, MoebiusBlock):
             parent.silu, parent.add = silu_, add_
-        if hasattr(parent, "norm_q"):  # a lambda layer
+        if isinstance(parent, LambdaLayer):
             parent.to_q, parent.norm_q = fuse_conv_bn_eval(parent.to_q, parent.norm_q), nn.Identity()
             fuse = fuse_conv_bn_eval if isinstance(parent.to_v, nn.Conv2d) else fuse_linear_bn_eval
             parent.to_v, parent.norm_v = fuse(parent.to_v, parent.norm_v), nn.Identity()
         for name, layer in parent.named_children():
-            if type(layer).__name__ in REPLACEMENTS:
-                setattr(parent, name, REPLACEMENTS[type(layer).__name__](layer))
+            if type(layer) in REPLACEMENTS:
+                setattr(parent, name, REPLACEMENTS[type(layer)](layer))
             elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
                 setattr(parent, name, PointwiseConv2d(layer))
     # Each layer keeps the memory format of its input, so that the first decides it for all.

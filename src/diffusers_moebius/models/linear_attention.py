@@ -124,12 +124,7 @@ class GatedLinearAttention(ProcessedAttention):
     ]
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        gate_low_rank_dim: int = 16,
-        gate_logit_normalizer: float = 16,
-        processor=None,
+        self, dim: int, num_heads: int, gate_low_rank_dim: int = 16, gate_logit_normalizer: float = 16, processor=None
     ):
         super().__init__()
         if dim % (2 * num_heads):

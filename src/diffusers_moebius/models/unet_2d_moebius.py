@@ -16,7 +16,6 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from .fusion import fuse_for_inference
 from .linear_attention import GatedLinearAttention, ProcessedAttention
 
 SELF_ATTENTION_TYPES = ("local_lambda", "gla")
@@ -259,13 +258,7 @@ class InteractiveLambda(LambdaLayer):
     _available_processors = [InteractiveLambdaProcessor, FastInteractiveLambdaProcessor]
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        cross_attention_dim: int,
-        context_length: int,
-        grid_size: int,
-        processor=None,
+        self, dim: int, num_heads: int, cross_attention_dim: int, context_length: int, grid_size: int, processor=None
     ):
         super().__init__(dim, num_heads, processor)
         self.grid_size = grid_size
@@ -776,7 +769,7 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
 
     def fuse_for_inference(self) -> None:
         """
-        Puts faster layers in the place of those that only training needs ([`fuse_for_inference`]).
+        Folds every BatchNorm into the layer before it, and puts faster layers in the place of others (`fusion.py`).
 
         The function of the model stays the same but for rounding. It can no longer be trained or saved; to undo it,
         load the model again. LoRA adapters that have been fused become part of the weights.
@@ -784,6 +777,8 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         Raises:
             ValueError: If the model is in train mode or quantized, or LoRA adapters are active and not fused.
         """
+        from .fusion import fuse_for_inference
+
         fuse_for_inference(self)
 
     def set_lambda_algorithm(self, algorithm: str) -> None:
