@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..pictures.files import check_output, encode_image, remove_leftovers, replace_file, write_image
 from .photo import Item, Photo
-from .sources import _open_parquet
+from .sources import open_parquet
 
 PREVIEW_SIDE = 1024
 
@@ -31,7 +31,10 @@ class FileSink:
 
     def holds(self, item: Item) -> bool:
         """Whether a photo's result is there already."""
-        return self.target_of(item).exists()
+        try:
+            return self.target_of(item).exists()
+        except ValueError:  # `check` says why
+            return False
 
     def check(self, photo: Photo) -> list[str]:
         """Checks that a photo's result can be written, and says what its format cannot hold."""
@@ -138,6 +141,10 @@ class ShardSink:
     def check(self, photo: Photo) -> list[str]:
         """Checks that a photo's result can be written, and says what its format cannot hold."""
         loss = check_output(self.folder / photo.item.key, photo.image.mode, photo.metadata, overwrite=True)
+        with self._lock:
+            if photo.item.key in self._keys:
+                raise ValueError(f"There are two photos of the name {photo.item.key}.")
+            self._keys.add(photo.item.key)
         return [loss] if loss else []
 
     def write(self, photo: Photo, result: Image.Image) -> list[Path]:
@@ -179,4 +186,4 @@ def _keys_in_tar(shard: Path) -> list[str]:
 
 
 def _keys_in_parquet(shard: Path) -> list[str]:
-    return _open_parquet(shard).read(columns=["key"]).column("key").to_pylist()
+    return open_parquet(shard).read(columns=["key"]).column("key").to_pylist()

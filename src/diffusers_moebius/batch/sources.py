@@ -91,12 +91,12 @@ def _list_pictures(folder: Path, recursive: bool) -> tuple[list[Path], list[str]
 
 
 def _list_shards(path: Path) -> list[Path]:
+    """The shards at a path; none if pictures are beside them."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    for suffix in (".parquet", ".tar"):
-        shards = [file for file in files if file.suffix == suffix]
-        if shards:
-            return shards
-    return []
+    if any(file.suffix.lower() in picture_suffixes() for file in files):
+        return []
+    by_suffix = ([file for file in files if file.suffix == suffix] for suffix in (".parquet", ".tar"))
+    return next(filter(None, by_suffix), [])
 
 
 def _read_tar(shard: Path, mask: Path | None) -> Iterator[Item]:
@@ -125,7 +125,8 @@ def _sample_key(name: str) -> str:
     return str(path.with_name(path.name.partition(".")[0] or path.name))
 
 
-def _open_parquet(shard: Path) -> Any:
+def open_parquet(shard: Path) -> Any:
+    """Opens a Parquet file with a column `image`."""
     try:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
@@ -141,11 +142,11 @@ def _open_parquet(shard: Path) -> Any:
 
 
 def _count_rows(shards: list[Path]) -> int:
-    return sum(_open_parquet(shard).metadata.num_rows for shard in shards)
+    return sum(open_parquet(shard).metadata.num_rows for shard in shards)
 
 
 def _read_parquet(shard: Path, mask: Path | None) -> Iterator[Item]:
-    file = _open_parquet(shard)
+    file = open_parquet(shard)
     columns = [name for name in ("key", "image", "mask") if name in file.schema_arrow.names]
     rows = (row for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns) for row in batch.to_pylist())
     for number, row in enumerate(rows):

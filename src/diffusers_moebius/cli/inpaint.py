@@ -1,23 +1,18 @@
 """`moebius inpaint`."""
 
-import json
 import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..batch.photo import Item, MaskOptions
-from ..batch.run import Outcome, inpaint_items
+from ..batch.photo import MaskOptions
+from ..batch.run import inpaint_items
 from ..batch.sinks import FileSink, ShardSink, named_in
 from ..batch.sources import Source, find_photos
-from .messages import note, one_line
+from .messages import note
 from .model import (
     DEFAULT_MODEL,
     CheckpointOption,
@@ -26,16 +21,17 @@ from .model import (
     Scheduler,
     add_adapters,
     check_device,
+    is_bundled,
     load_pipeline,
     make_scheduler,
     split_scale,
 )
+from .progress import Progress, finish_what_runs
 
 if TYPE_CHECKING:
     from ..pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 
 FULL_MODEL_HINT = "for full quality add `--model hustvl/Moebius` (downloads about 1.2 GB once)"
-GO_ON_HINT = "the same command goes on with those that are left"
 OUTPUT_PATTERN = "{folder}/{name}"
 
 
@@ -87,7 +83,7 @@ def inpaint(
     mask: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[MASK]",
+            metavar="MASK",
             exists=True,
             help="A picture of the photo's size or aspect ratio: white is filled, black is kept. If it has an alpha"
             " channel, opaque is filled and transparent is kept, whatever the colour (see --mask-from). Or a folder of"
@@ -236,7 +232,7 @@ def inpaint(
         raise ValueError(f"`--strength` must be above 0 and at most 1, but is {strength}.")
     if not mask_threshold > 0:
         raise ValueError(f"`--mask-threshold` must be above 0, but is {mask_threshold}.")
-    if model == DEFAULT_MODEL and checkpoint is not None:
+    if is_bundled(model) and checkpoint is not None:
         raise ValueError(f"`--checkpoint` is for published repositories, but the model is {model!r}.")
     check_device(device)
     adapters = [split_scale(value) for value in lora or []]
@@ -246,7 +242,7 @@ def inpaint(
     sink = _make_sink(source, photo, output, output_pattern, output_format, shard_size, overwrite, preview)
 
     def load() -> "MoebiusInpaintPipeline":
-        if model == DEFAULT_MODEL:
+        if is_bundled(model):
             note(f"using the small model {model!r} that comes with the package; {FULL_MODEL_HINT}")
         pipeline = load_pipeline(model, checkpoint, device, dtype)
         add_adapters(pipeline, adapters)
@@ -271,7 +267,7 @@ def inpaint(
     }
     run = {"masks": masks, "options": options, "seed": seed, "batch_size": batch_size}
     with open(report, "a", encoding="utf-8") if report else nullcontext() as report_file:
-        progress = _Progress(source, report_file)
+        progress = Progress(source, report_file)
         if source.is_single:
             try:
                 (outcome,) = inpaint_items(source.items, sink, load, **run)
@@ -283,11 +279,13 @@ def inpaint(
                 raise outcome.error
             progress.add(outcome)
             return
-        with progress.bar(), _finish_what_runs(progress) as stopped:
+        with progress.bar(), finish_what_runs(progress) as stopped:
             items = source.items if overwrite else progress.without_finished(source.items, sink)
-            for outcome in inpaint_items(items, sink, load, is_stopped=stopped.is_set, **run):
-                progress.add(outcome)
-            progress.show_paths(sink.close())
+            try:
+                for outcome in inpaint_items(items, sink, load, is_stopped=stopped.is_set, **run):
+                    progress.add(outcome)
+            finally:
+                progress.show_paths(sink.close())
     raise typer.Exit(progress.close(stopped.is_set()))
 
 
@@ -316,110 +314,3 @@ def _make_sink(
     if preview or overwrite or pattern != OUTPUT_PATTERN:
         raise ValueError("`--preview`, `--overwrite` and `--output-pattern` are for `--output-format` files.")
     return ShardSink(target, {"webdataset": ".tar", "parquet": ".parquet"}[output_format.value], shard_size)
-
-
-class _Progress:
-    """Counts what becomes of photos, and tells the user and the report."""
-
-    def __init__(self, source: Source, report_file):
-        self.source, self.report_file = source, report_file
-        self.done = self.failed = self.existing = 0
-        self.is_running = False
-        self._said: set[str] = set()
-        self._bar = None
-
-    @contextmanager
-    def bar(self) -> Iterator[None]:
-        from tqdm import tqdm
-
-        with tqdm(total=self.source.total, unit="photo", disable=None) as self._bar:
-            yield
-        self._bar = None
-
-    def without_finished(self, items, sink) -> Iterator[Item]:
-        for item in items:
-            if not sink.holds(item):
-                yield item
-                continue
-            self.existing += 1
-            if not self._bar.disable:
-                self._bar.initial += 1  # so that rate and time left are those of the others
-            self._bar.update()
-
-    def add(self, outcome: Outcome) -> None:
-        for remark in outcome.remarks:
-            if remark not in self._said:  # one mask may be that of many photos
-                self._said.add(remark)
-                note(f"warning: {remark}")
-        if outcome.error is None:
-            self.done += 1
-            self.show_paths(outcome.paths)
-        else:
-            self.failed += 1
-            note(f"error: {one_line(outcome.error)}")
-        self.write_report(outcome)
-        if self._bar is not None:
-            self._bar.update()
-
-    def show_paths(self, paths: list[Path]) -> None:
-        for path in paths:
-            if self._bar is None:
-                print(path, flush=True)
-            else:
-                self._bar.write(str(path), file=sys.stdout)
-                sys.stdout.flush()
-
-    def write_report(self, outcome: Outcome) -> None:
-        if self.report_file is None:
-            return
-        line = {
-            "photo": outcome.item.name,
-            "output": str(outcome.paths[0]) if outcome.paths else None,
-            "status": "failed" if outcome.error else "done",
-            "seconds": round(outcome.seconds, 3),
-            "error": one_line(outcome.error) if outcome.error else None,
-        }
-        print(json.dumps(line, ensure_ascii=False), file=self.report_file, flush=True)
-
-    def say_how_to_go_on(self) -> None:
-        total = "" if self.source.total is None else f" of {self.source.total}"
-        note(f"stopped after {self.existing + self.done + self.failed}{total} photos; {GO_ON_HINT}")
-
-    def close(self, is_stopped: bool) -> int:
-        """Says what is left; returns the exit code."""
-        if self.existing:
-            note(f"{self.existing} outputs exist already and are left as they are (`--overwrite` replaces them)")
-        if self.source.left_out:
-            names = ", ".join(self.source.left_out[:10]) + (", …" if len(self.source.left_out) > 10 else "")
-            note(f"{len(self.source.left_out)} files are no pictures and are left out: {names}")
-        if self.failed:
-            note(f"{self.failed} of the photos could not be done")
-        if is_stopped:
-            self.say_how_to_go_on()
-            return 130
-        return 1 if self.failed or self.source.left_out else 0
-
-
-@contextmanager
-def _finish_what_runs(progress: _Progress) -> Iterator[Event]:
-    """Lets the first Ctrl-C only set the event, so that the photo at hand is finished; the second ends at once."""
-    stopped = Event()
-
-    def stop(*_) -> None:
-        if stopped.is_set() or not progress.is_running:
-            raise KeyboardInterrupt
-        stopped.set()
-        note("the photo at hand is finished and written; Ctrl-C once more ends at once")
-
-    try:
-        previous = signal.signal(signal.SIGINT, stop)
-    except ValueError:  # not in the main thread, where no Ctrl-C arrives
-        yield stopped
-        return
-    try:
-        yield stopped
-    except KeyboardInterrupt:
-        progress.say_how_to_go_on()
-        raise
-    finally:
-        signal.signal(signal.SIGINT, previous)

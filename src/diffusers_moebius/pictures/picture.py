@@ -263,3 +263,10 @@ def _is_float(element: Image.Image | np.ndarray | torch.Tensor) -> bool:
     if isinstance(element, torch.Tensor):
         return element.is_floating_point() and element.numel() > 0
     return isinstance(element, np.ndarray) and element.dtype.kind == "f" and element.size > 0
+
+
+def stack_results(results: list, output_type: str) -> list | np.ndarray | torch.Tensor:
+    """The results of a call: arrays, tensors and latents of one shape and type as one, others as the list."""
+    if output_type == "pil" or len({(tuple(result.shape), result.dtype) for result in results}) > 1:
+        return results
+    return np.stack(results) if output_type == "np" else torch.stack(results)
