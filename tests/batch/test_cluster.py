@@ -137,7 +137,7 @@ def test_a_run_goes_on_after_its_driver_was_killed(model, photos, tmp_path):
 
 
 def test_other_sources_and_columns(cluster, model, photos, tmp_path):
-    from diffusers_moebius.batch.cluster import inpaint_dataset, read_source
+    from diffusers_moebius.batch.cluster import inpaint_dataset, inpaint_source, read_source
 
     keys = [f"{number:03d}.png" for number in (1, 2, 3)]
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:
@@ -152,4 +152,13 @@ def test_other_sources_and_columns(cluster, model, photos, tmp_path):
         results[name] = {row["key"]: row["image"] for row in rows}
         assert [row["error"] for row in rows] == [None] * 3
         assert all(row.get("owner") == "me" for row in rows) or name == "shard.tar"
+    target = tmp_path / "shards"
+    source = read_source(tmp_path / "list.jsonl")
+    for expected in ({"done": 0, "filled": 3, "failed": 0}, {"done": 3, "filled": 0, "failed": 0}):
+        assert inpaint_source(source, target, "webdataset", model=model, **OPTIONS) == expected
+    stored = {}
+    for path in target.glob("*.tar"):
+        with tarfile.open(path) as archive:
+            stored |= {m.name: archive.extractfile(m).read() for m in archive if m.name.endswith(".png")}
+    assert stored == results["list.jsonl"]
     assert results["shard.tar"] == results["list.jsonl"] and sorted(results["shard.tar"]) == keys

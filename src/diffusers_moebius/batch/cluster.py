@@ -3,6 +3,8 @@ Many photos on many machines, by Ray Data: it schedules, retries and writes; wha
 those that are done. Needs the extra `ray`.
 """
 
+import json
+import tarfile
 import time
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -190,41 +192,67 @@ def _named_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     return row
 
 
-def done_keys(target: Path) -> set[str]:
+def finished_rows(target: Path) -> dict[str, str | None]:
     """
-    The photos whose results a target folder holds, in Parquet files or WebDataset shards.
+    The photos that a target folder holds, in Parquet files or WebDataset shards, with their errors.
 
     A file that a killed run did not finish is deleted: its photos are done again.
     """
-    keys: set[str] = set()
-    for path in sorted(target.glob("*.parquet")):
+    rows: dict[str, str | None] = {}
+    for path in sorted([*target.glob("*.parquet"), *target.glob("*.tar")]):
         try:
-            keys.update(pyarrow.parquet.read_table(path, columns=["key"]).column("key").to_pylist())
-        except (pyarrow.ArrowInvalid, OSError):
+            if path.suffix == ".parquet":
+                table = pyarrow.parquet.read_table(path, columns=["key", "error"])
+                rows.update(zip(table.column("key").to_pylist(), table.column("error").to_pylist()))
+            else:
+                with tarfile.open(path) as archive:
+                    samples = [json.load(archive.extractfile(m)) for m in archive if m.name.endswith(".json")]
+                rows.update((sample["key"], sample["error"]) for sample in samples)
+        except (pyarrow.ArrowInvalid, tarfile.TarError, OSError, EOFError, json.JSONDecodeError):
             path.unlink()
-    return keys
+    return rows
 
 
-def inpaint_source(dataset: Dataset, target: str | Path, **options: Any) -> dict[str, int]:
+def _sample_of_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a sample of a WebDataset shard: the picture, and what is known of it as JSON."""
+    key = PurePosixPath(row["key"])
+    about = {"key": row["key"], "error": row["error"], "seconds": row["seconds"]}
+    sample = {"__key__": str(key.with_suffix("")), "json": json.dumps(about).encode()}
+    return sample if row["image"] is None else {**sample, key.suffix.lstrip(".") or "png": row["image"]}
+
+
+def inpaint_source(
+    dataset: Dataset, target: str | Path, output_format: str = "parquet", **options: Any
+) -> dict[str, int]:
     """
-    Fills photos into a folder of Parquet files; a run that was interrupted goes on.
+    Fills photos into a folder of Parquet files or WebDataset shards; a run that was interrupted goes on.
 
     Args:
         dataset (`ray.data.Dataset`): From [`read_source`].
         target (`str` or `Path`): The folder, which workers must be able to write to under the same path.
+        output_format (`str`, defaults to `"parquet"`): `"parquet"` (columns of [`inpaint_dataset`]) or `"webdataset"`
+            (the picture, and `key`, `error` and `seconds` as JSON).
         options: Arguments of [`inpaint_dataset`].
 
     Returns:
         `dict[str, int]`: How many photos were `done` before, are `filled` now, and `failed`.
+
+    Raises:
+        ValueError: If `output_format` is neither.
     """
+    if output_format not in ("parquet", "webdataset"):
+        raise ValueError(f"`output_format` must be parquet or webdataset, but is {output_format!r}.")
     target = Path(target).absolute()
     target.mkdir(parents=True, exist_ok=True)
-    done = done_keys(target)
+    done = finished_rows(target)
     if done:
-        reference = ray.put(done)
+        reference = ray.put(set(done))
         dataset = dataset.filter(lambda row: row["key"] not in ray.get(reference))
-    inpaint_dataset(dataset, **options).write_parquet(str(target))
-    results = [pyarrow.parquet.read_table(path, columns=["key", "error"]) for path in sorted(target.glob("*.parquet"))]
-    new = [row for table in results for row in table.to_pylist() if row["key"] not in done]
-    failed = sum(row["error"] is not None for row in new)
+    filled = inpaint_dataset(dataset, **options)
+    if output_format == "parquet":
+        filled.write_parquet(str(target))
+    else:
+        filled.map(_sample_of_row).write_webdataset(str(target), encoder=None)
+    new = {key: error for key, error in finished_rows(target).items() if key not in done}
+    failed = sum(error is not None for error in new.values())
     return {"done": len(done), "filled": len(new) - failed, "failed": failed}
