@@ -23,6 +23,7 @@ EXTRAS = {
     "examples": ["scikit-image>=0.24"],
     "heic": ["pillow-heif>=0.18"],  # photos of phones; not in the core for its size (6 MB) and x265's licence (GPL)
     "parquet": ["pyarrow>=15"],
+    "ray": ["ray[data]>=2.51"],
     "lora": [PEFT],
     "train": ["datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.16", "transformers>=4.56", PEFT],
     "perceptual": ["elatentlpips>=0.2"],
@@ -39,6 +40,7 @@ EXTRAS["dev"] = sorted(
         *EXTRAS["demo"],
         *EXTRAS["heic"],
         *EXTRAS["parquet"],
+        *EXTRAS["ray"],
         "playwright>=1.49",
         "hypothesis>=6.100",
         "pytest>=8.0",
