@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from .mask import mask_box
 from .paste import match_edges
-from .picture import Picture
-from .region import fill_hole
+from .region import Region, fill_hole
 
 DETAIL_MODES = ("patches", "enlarged", None)
 # Patches keep so many pixels away from a hole: what is left of an object beside its mask is not to be copied.
@@ -28,7 +27,7 @@ class Settings(NamedTuple):
         components (`int`): Principal components by which patches are compared.
         texture (`float`): Weight of the channels that say how rough the picture is.
         position (`tuple[float, float]`): How far a patch may come from below or above, and from the side: weight of
-            the distance, in parts of the region's size.
+            the distance in parts of the region's size, times the region's contrast.
         lead_sigma (`float`): What counts as the low frequencies of a filling that leads, in pixels.
         thin (`int`): A scale at which no pixel of the hole is farther from its edge is coarse enough.
         iterations (`tuple[int, int]`): Rounds of search and vote at the finest and at the coarsest scale.
@@ -41,7 +40,7 @@ class Settings(NamedTuple):
     radius: int = 3
     components: int = 24
     texture: float = 3.0
-    position: tuple[float, float] = (0.5, 0.25)
+    position: tuple[float, float] = (2.0, 1.0)
     lead_sigma: float = 8.0
     thin: int = 5
     iterations: tuple[int, int] = (4, 8)
@@ -108,7 +107,7 @@ class _Scale:
         radius = settings.radius
         self.image, self.hole = image.masked_fill(hole, 0), hole
         self.height, self.width = hole.shape
-        self.valid = usable_patches(hole, source, radius).flatten()
+        self.valid = _shrink(source & ~hole, radius).flatten()
         self.sources = self.valid.nonzero()[:, 0]
         is_query = _grow(hole, radius)
         self.is_query, self.queries = is_query.flatten(), is_query.flatten().nonzero()[:, 0]
@@ -118,10 +117,11 @@ class _Scale:
         rows = torch.arange(self.height, device=hole.device, dtype=torch.float32) / max(hole.shape)
         columns = torch.arange(self.width, device=hole.device, dtype=torch.float32) / max(hole.shape)
         side = 2 * radius + 1
+        contrast = image[:3, ~hole].std(1).mean()
         position = torch.stack(
             [
-                (side * settings.position[0] * rows)[:, None].expand(hole.shape),
-                (side * settings.position[1] * columns)[None].expand(hole.shape),
+                (side * contrast * settings.position[0] * rows)[:, None].expand(hole.shape),
+                (side * contrast * settings.position[1] * columns)[None].expand(hole.shape),
             ]
         )
         self.extra = torch.cat([guide * side, position])
@@ -201,11 +201,12 @@ class _Scale:
         self.match[rows[better]] = candidate[better]
         self.distance[rows[better]] = distance[better]
 
-    def vote(self) -> torch.Tensor:
+    def vote(self, copy: bool = False) -> torch.Tensor:
         """
         The picture with its hole filled by the mean of all patches over each pixel, weighted by how well they fit.
 
-        Wexler et al., "Space-Time Completion of Video", 2007, section 3.2.
+        Wexler et al., "Space-Time Completion of Video", 2007, section 3.2. With `copy` the one that fits best is
+        taken instead: seams may show, but nothing is blurred.
         """
         spread = torch.quantile(self.distance[:: len(self.distance) // 10_000 + 1], self.settings.quantile)
         weights = torch.zeros(self.height * self.width, device=self.match.device)
@@ -224,7 +225,8 @@ class _Scale:
                 inside &= columns - right < self.width
                 delta = torch.where(inside, down * self.width + right, 0)
                 query = pixels - delta
-                total += weights[query][:, None] * colors[field[query] + delta]
+                votes = weights[query][:, None] * colors[field[query] + delta]  # the last column is the weight itself
+                total = torch.where(votes[:, -1:] > total[:, -1:], votes, total) if copy else total + votes
         result = self.image.flatten(1).clone()
         result[:, pixels] = (total[:, :-1] / total[:, -1:]).T
         return result.view(self.image.shape)
@@ -245,15 +247,6 @@ class _Scale:
         self.distance = distance[place]
 
 
-def usable_patches(hole: torch.Tensor, source: torch.Tensor, radius: int) -> torch.Tensor:
-    """The centres of patches that may be copied: from where it is allowed, else from all that is known."""
-    for allowed, reach in ((source & ~hole, radius), (~hole, radius), (~hole, 0)):
-        centres = _shrink(allowed, reach)
-        if centres.any():
-            return centres
-    raise ValueError("`mask` leaves nothing to copy from.")
-
-
 def fill_with_patches(
     image: torch.Tensor,
     hole: torch.Tensor,
@@ -262,6 +255,7 @@ def fill_with_patches(
     lead: float = UNLED,
     generator: torch.Generator | None = None,
     settings: Settings = Settings(),
+    copy: bool = False,
 ) -> torch.Tensor:
     """
     Fills a hole with patches of the picture around it, from coarse to fine.
@@ -269,10 +263,12 @@ def fill_with_patches(
     Args:
         image (`torch.Tensor` of shape `[3, H, W]`): Colours in [0, 1]; what is in the hole is not looked at.
         hole (`torch.Tensor` of shape `[H, W]`): Boolean, `True` is filled.
-        source (`torch.Tensor` of shape `[H, W]`): Boolean, the pixels that may be copied.
+        source (`torch.Tensor` of shape `[H, W]`): Boolean, the pixels that may be copied; at least one whole patch.
         guide (`torch.Tensor` of shape `[3, H, W]`): A filling to start from.
         lead (`float`, defaults to 0.02): Weight of the guide's low frequencies against the patches' own colours.
         generator (`torch.Generator`, *optional*): Source of the random search, on the CPU.
+        settings (`Settings`): How patches are compared and put together.
+        copy (`bool`, defaults to `False`): Whether the result is copied pixel by pixel instead of averaged.
 
     Returns:
         `torch.Tensor` of shape `[3, H, W]`, equal to `image` outside the hole.
@@ -286,9 +282,7 @@ def fill_with_patches(
         known = (~hole_).float()[None]
         share = _halve(known)
         small = _halve(image_ * known) / share.clamp(min=1e-6)
-        levels.append(
-            (small, share[0] < 0.6, _halve(source_.float()[None])[0] >= 0.6, _halve(guide_), _halve(low_))
-        )
+        levels.append((small, share[0] < 0.6, _halve(source_.float()[None])[0] >= 0.6, _halve(guide_), _halve(low_)))
 
     scale = None
     for level, (image_, hole_, source_, guide_, low_) in reversed(list(enumerate(levels))):
@@ -307,7 +301,7 @@ def fill_with_patches(
         for _ in range(round(fine + (most - fine) * level / max(len(levels) - 1, 1))):
             scale.search(estimate)
             estimate = scale.vote()
-    return estimate[:3]
+    return (scale.vote(copy=True) if copy else estimate)[:3]
 
 
 def _is_divisible(hole: torch.Tensor, source: torch.Tensor, settings: Settings) -> bool:
@@ -348,7 +342,7 @@ def held_out_error(
 ) -> float:
     """
     How well patches rebuild what is known around a hole, when it is held out: their squared error against that of a
-    smooth filling. Below 1 patches do better.
+    smooth filling. Below 1 patches do better; infinite if nothing is left to copy from.
 
     The picture is reduced to 128 px for it.
     """
@@ -359,6 +353,8 @@ def held_out_error(
         hole, source = share[0] < 0.6, _halve(source.float()[None])[0] >= 0.6
     ring = _grow(hole, 6) & ~hole
     held_out = hole | ring
+    if not _shrink(source & ~held_out, Settings().radius).any():
+        return math.inf
     smooth = fill_hole(image[None], held_out[None, None].float())[0]
     filled = fill_with_patches(image, held_out, source & ~held_out, smooth, UNLED, generator)
     patch_error, smooth_error = ((picture - image)[:, ring].square().mean() for picture in (filled, smooth))
@@ -367,11 +363,8 @@ def held_out_error(
 
 def add_detail(
     fill: np.ndarray,
-    picture: Picture,
-    mask: np.ndarray,
-    box: tuple[int, int, int, int],
+    region: Region,
     detail: str | None = "patches",
-    enlargement: float = 1.0,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
@@ -379,14 +372,11 @@ def add_detail(
     Gives a filling the texture of its photo, by patches of what surrounds each hole.
 
     Args:
-        fill (`np.ndarray` of shape `[h, w, 3]`): The model's filling of the box, floats in [0, 1].
-        picture (`Picture`): The photo.
-        mask (`np.ndarray` of shape `[H, W]`): Boolean mask of the whole photo, within the box.
-        box (`tuple[int, int, int, int]`): Where `fill` belongs, `(left, top, right, bottom)`.
+        fill (`np.ndarray` of shape `[h, w, 3]`): The model's filling of the region's box, floats in [0, 1].
+        region (`Region`): The photo, its mask, the box, and the size at which the model worked.
         detail (`str`, *optional*, defaults to `"patches"`): `"patches"` decides for each hole how much the filling
             leads; `"enlarged"` is led by the filling, keeps its low frequencies and replaces what is missing where it
             was enlarged, and does nothing where it was not; `None` does nothing.
-        enlargement (`float`, defaults to 1.0): How many pixels of the photo the filling has for one of the model's.
         generator (`torch.Generator`, *optional*): Makes the search reproducible; one number is drawn from it.
         device (`torch.device`, defaults to the CPU): Where to compute.
 
@@ -398,7 +388,8 @@ def add_detail(
     """
     if detail not in DETAIL_MODES:
         raise ValueError(f"`detail` must be one of {', '.join(map(repr, DETAIL_MODES))}, but is {detail!r}.")
-    if detail is None or not mask.any() or mask.all() or (detail == "enlarged" and enlargement <= 1):
+    picture, mask, box = region.picture, region.mask, region.box
+    if detail is None or not mask.any() or mask.all() or (detail == "enlarged" and region.enlargement <= 1):
         return fill
     where = "cpu" if generator is None else generator.device
     seed = torch.randint(2**31, (1,), generator=generator, device=where).item()
@@ -417,8 +408,8 @@ def add_detail(
         detailed = _detail_hole(
             torch.from_numpy(filled).permute(2, 0, 1).contiguous().to(device),
             torch.from_numpy(hole[rows, columns]).to(device),
-            ~_grow(torch.from_numpy(mask[rows, columns]).to(device), RIM),
-            enlargement if detail == "enlarged" else None,
+            torch.from_numpy(mask[rows, columns]).to(device),
+            region.enlargement if detail == "enlarged" else None,
             generator,
         )
         detailed = detailed.permute(1, 2, 0).cpu().numpy().clip(0, 1)
@@ -442,19 +433,26 @@ def _slices(part: tuple[int, int, int, int], box: tuple[int, int, int, int]) -> 
 def _detail_hole(
     filled: torch.Tensor,
     hole: torch.Tensor,
-    source: torch.Tensor,
+    unknown: torch.Tensor,
     enlargement: float | None,
     generator: torch.Generator,
 ) -> torch.Tensor:
     """One hole of a filled picture `[3, H, W]`; without `enlargement` it is decided here how much the filling leads."""
+    source = next((s for s in (~_grow(unknown, RIM), ~unknown) if _shrink(s, Settings().radius).sum() >= 64), None)
+    if source is None:  # the hole is all but the whole picture
+        return filled
     if enlargement is not None:
         settings = Settings(lead_sigma=enlargement / 2)
-        detailed = fill_with_patches(filled, hole, source, filled, ENLARGED, generator, settings)
+        detailed = fill_with_patches(filled, hole, source, filled, ENLARGED, generator, settings, copy=True)
         return detailed + _blur((filled - detailed) * hole, enlargement / 2)
-    if filling_leads(filled, hole, source, generator):
-        return fill_with_patches(filled, hole, source, filled, LED, generator)
     smooth = fill_hole(filled[None], hole[None, None].float())[0]
-    return fill_with_patches(filled, hole, source, smooth, UNLED, generator)
+    if filling_leads(filled, hole, source, generator):
+        detailed = fill_with_patches(filled, hole, source, filled, LED, generator)
+    else:
+        detailed = fill_with_patches(filled, hole, source, smooth, UNLED, generator)
+    # Slow changes of light, as in a sky, are those around the hole; larger differences are things, and stay.
+    shift = _blur((smooth - detailed) * hole, 8)
+    return detailed + shift * torch.exp(-shift.square().sum(0) / (2 * 0.1**2)) * hole
 
 
 def filling_leads(
