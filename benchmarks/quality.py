@@ -96,12 +96,10 @@ BASELINES: dict[str, Method] = {
 
 def load_pipeline(args: argparse.Namespace):
     """Returns the pipeline that `--model` names, on its device."""
-    from diffusers_moebius import MoebiusInpaintPipeline, bundled_checkpoint
+    from diffusers_moebius import MoebiusInpaintPipeline
 
-    is_bundled = args.model == "nano" and not Path(args.model).is_dir()
-    source = bundled_checkpoint(args.model) if is_bundled else args.model
     options = {} if args.checkpoint is None else {"checkpoint": args.checkpoint}
-    pipe = MoebiusInpaintPipeline.from_pretrained(source, dtype=getattr(torch, args.dtype), **options)
+    pipe = MoebiusInpaintPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -91,12 +91,12 @@ def _list_pictures(folder: Path, recursive: bool) -> tuple[list[Path], list[str]
 
 
 def _list_shards(path: Path) -> list[Path]:
+    """The shards at a path; none if pictures are beside them."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    for suffix in (".parquet", ".tar"):
-        shards = [file for file in files if file.suffix == suffix]
-        if shards:
-            return shards
-    return []
+    if any(file.suffix.lower() in picture_suffixes() for file in files):
+        return []
+    by_suffix = ([file for file in files if file.suffix == suffix] for suffix in (".parquet", ".tar"))
+    return next(filter(None, by_suffix), [])
 
 
 def _read_tar(shard: Path, mask: Path | None) -> Iterator[Item]:

@@ -14,6 +14,7 @@ from .info import info
 from .inpaint import inpaint
 from .messages import note, one_line
 from .push import push
+from .space import space
 
 app = typer.Typer(
     name="moebius",
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in (inpaint, convert, info, demo, push):
     app.command()(command)
+app.add_typer(space)
 
 
 def _show_version(value: bool) -> None:

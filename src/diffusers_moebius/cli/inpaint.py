@@ -21,6 +21,7 @@ from .model import (
     Scheduler,
     add_adapters,
     check_device,
+    is_bundled,
     load_pipeline,
     make_scheduler,
     split_scale,
@@ -248,7 +249,7 @@ def inpaint(
         raise ValueError(f"`--strength` must be above 0 and at most 1, but is {strength}.")
     if not mask_threshold > 0:
         raise ValueError(f"`--mask-threshold` must be above 0, but is {mask_threshold}.")
-    if model == DEFAULT_MODEL and checkpoint is not None:
+    if is_bundled(model) and checkpoint is not None:
         raise ValueError(f"`--checkpoint` is for published repositories, but the model is {model!r}.")
     check_device(device)
     adapters = [split_scale(value) for value in lora or []]
@@ -258,7 +259,7 @@ def inpaint(
     sink = _make_sink(source, photo, output, output_pattern, output_format, shard_size, overwrite, preview)
 
     def load() -> "MoebiusInpaintPipeline":
-        if model == DEFAULT_MODEL:
+        if is_bundled(model):
             note(f"using the small model {model!r} that comes with the package; {FULL_MODEL_HINT}")
         pipeline = load_pipeline(model, checkpoint, device, dtype)
         add_adapters(pipeline, adapters)

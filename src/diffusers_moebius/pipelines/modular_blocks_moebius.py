@@ -5,6 +5,8 @@ import inspect
 import sys
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders import ClassifierFreeGuidance
@@ -43,11 +45,13 @@ logger = logging.get_logger(__name__)
 MODULE_FOR_INDEX = "moebius_modular_blocks"
 sys.modules[MODULE_FOR_INDEX] = sys.modules[__name__]
 
+_PICTURES = PIL.Image.Image | np.ndarray | torch.Tensor | list
+
 # Every value that passes between blocks: its type and what it is. Those of a call are explained at
 # `MoebiusInpaintPipeline.__call__`.
 _VALUES = {
-    "image": (Any, "The photos."),
-    "mask_image": (Any, "The masks, of the photos' sizes; white is filled."),
+    "image": (_PICTURES, "The photos."),
+    "mask_image": (_PICTURES, "The masks, of the photos' sizes; white is filled."),
     "mask_dilation": (int, "Pixels by which the masks grow first."),
     "mask_threshold": (float, "Fill where a mask is at least so bright, as a share of white."),
     "mask_source": (str, "What of a mask says where to fill: 'auto', 'alpha', 'transparent' or 'luminance'."),

@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import KarrasDiffusionSchedulers, UniPCMultistepScheduler
 from diffusers.utils import logging, replace_example_docstring
 
-from ..models.adapter_layers import remove_fused_adapters
+from ..models.fusion import remove_fused_adapters
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
@@ -304,10 +304,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             if keep_empty or region.mask.any():
                 batches.setdefault(region.size, []).append(index)
             else:
-                logger.warning(
-                    f"`mask_image` is empty for picture {index} (no value reaches half of white): the picture is "
-                    "returned unchanged."
-                )
+                logger.warning(f"`mask_image` is empty for picture {index}: the picture is returned unchanged.")
         return batches
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData, create_repo
 
 from ..loaders.model_card import PAPER, hub_repository
-from ..models.adapter_layers import adapter_layers
+from ..models.fusion import adapter_layers
 from .checkpoints import list_checkpoints
 from .components import describe_dataset, recalibrate_batch_norm
 from .loop import TrainingLoop
