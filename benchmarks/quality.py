@@ -8,9 +8,9 @@
 
 `custom`, the protocol without a name, takes a folder or a tar file of photos `NAME.jpg` (or .png) with a mask
 `NAME.mask.png` (white = hole) and, if there is one, a `NAME.json` whose `mask` names the kind of hole, and sets
-PatchMatch (`pypatchmatch`), OpenCV's two methods and a mean-colour fill beside the model. The others take photos alone, cut the largest centred
-square out of each, bring it to their size, and draw the hole from the seed and the photo's number, or take it from
-`--masks`. `PROTOCOLS` in `quality_data.py` says what each fixes.
+PatchMatch (`pypatchmatch`), OpenCV's two methods and a mean-colour fill beside the model. The others take photos
+alone, cut the largest centred square out of each, bring it to their size, and draw the hole from the seed and the
+photo's number, or take it from `--masks`. `PROTOCOLS` in `quality_data.py` says what each fixes.
 
 No method sees what was in the hole: it is blanked with the mean colour of the visible pixels first, which is also the
 mean-colour fill. What a method returns is pasted onto the photo with a hard edge, so that methods differ in the hole
@@ -28,10 +28,10 @@ the photo or of the protocol:
 - FID: the Fréchet distance between the Inception features of all pasted pictures and those of all photos. It is
   biased upwards for few pictures: compare it only between equal numbers of them.
 
-LPIPS is that on AlexNet, version 0.1, and where the weights for it are given also that on VGG16. A metric whose network is not there
-is left out, and the report says why. With `--results` each picture's scores are written at once and a run that was
-interrupted goes on; the folder ends with `report.md` and `report.json`. On several CPUs start the processes with
-`torchrun --nproc_per_node 2`: `accelerate launch --cpu` starts one, unless there is MPI.
+LPIPS is that on AlexNet, version 0.1, and where the weights for it are given also that on VGG16. A metric whose
+network is not there is left out, and the report says why. With `--results` each picture's scores are written at once
+and a run that was interrupted goes on; the folder ends with `report.md` and `report.json`. On several CPUs start the
+processes with `torchrun --nproc_per_node 2`: `accelerate launch --cpu` starts one, unless there is MPI.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import ExifTags, Image, ImageCms
 
-from diffusers_moebius import convert_release_checkpoint
+from diffusers_moebius import __version__, convert_release_checkpoint
 from diffusers_moebius.cli import main
 from diffusers_moebius.loaders import hub
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
@@ -764,7 +764,7 @@ def test_help_shows_an_example(moebius, command):
 
 
 def test_version(moebius):
-    assert moebius("--version") == (0, [f"moebius {diffusers_moebius.__version__}"], [])
+    assert moebius("--version") == (0, [f"moebius {__version__}"], [])
 
 
 def test_conversion_without_the_hub_is_one_line(moebius, folder, parity_dir, monkeypatch):
