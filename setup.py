@@ -28,7 +28,11 @@ EXTRAS = {
     "train": ["datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.16", "transformers>=4.56", PEFT],
     "perceptual": ["elatentlpips>=0.2"],
     "demo": [GRADIO, "opencv-python-headless>=4.10", "scikit-image>=0.24", "transformers>=4.56"],
-    "eval": ["opencv-python-headless>=4.10", "scikit-image>=0.24"],
+    "eval": [
+        "opencv-python-headless>=4.10",
+        "scikit-image>=0.24",
+        "pypatchmatch>=2.2; python_version >= '3.11'",
+    ],
     "bench": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
     "lpips": ["lpips>=0.1.4"],  # brings torchvision, and downloads AlexNet; without it LPIPS takes weights from a file
     "fid": ["torch-fidelity>=0.3"],  # brings torchvision; without it the FID takes Inception as TorchScript

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, UniPCMultistepScheduler
 from PIL import Image
-from quality_data import Samples, blank_hole
+from quality_data import Samples
 from quality_metrics import lpips_in_hole_and_picture, psnr
 from tqdm.auto import tqdm
 
 from diffusers_moebius import MoebiusInpaintPipeline
+from diffusers_moebius.evaluation.methods import blank_hole
 from diffusers_moebius.training.perceptual import LPIPS
 
 SAMPLERS = {

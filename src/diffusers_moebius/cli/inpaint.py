@@ -45,6 +45,15 @@ class Paste(str, Enum):
     none = "none"
 
 
+class Detail(str, Enum):
+    """The ways in which the filling gets texture from the photo itself."""
+
+    auto = "auto"
+    patches = "patches"
+    enlarged = "enlarged"
+    none = "none"
+
+
 class MaskedContent(str, Enum):
     """What the hole holds where the start is not pure noise."""
 
@@ -161,6 +170,14 @@ def inpaint(
     resize_mask: Annotated[
         bool, typer.Option("--resize-mask", help="Stretch a mask whose aspect ratio is not the photo's.")
     ] = False,
+    detail: Annotated[
+        Detail,
+        typer.Option(
+            help="Texture from the photo itself. patches: copied from around each hole, led by the model's filling"
+            " where that helps; enlarged: only where the model works below the photo's size, always led; none: the"
+            " model's filling alone; auto: enlarged, or patches with nano."
+        ),
+    ] = Detail.auto,
     paste: Annotated[
         Paste,
         typer.Option(
@@ -262,6 +279,7 @@ def inpaint(
         "strength": strength,
         "masked_content": masked_content.value,
         "padding_mask_crop": None if no_crop else crop_margin,
+        "detail": None if detail is Detail.none else detail.value,
         "paste": None if paste is Paste.none else paste.value,
         "color_compensation": color_compensation,
     }
