@@ -21,7 +21,7 @@ EXTRAS = {
     "perceptual": ["elatentlpips>=0.2"],
     "demo": ["gradio>=6.0", "scikit-image>=0.24", "transformers>=4.56"],
     "eval": ["opencv-python-headless>=4.10", "scikit-image>=0.24"],
-    "bench": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
+    "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],
     "fid": ["torch-fidelity>=0.3"],  # brings torchvision; without it the FID takes Inception as TorchScript
 }
 EXTRAS["dev"] = sorted(
@@ -29,6 +29,7 @@ EXTRAS["dev"] = sorted(
         *EXTRAS["train"],
         *EXTRAS["eval"],
         *EXTRAS["demo"],
+        *EXTRAS["onnx"],
         "playwright>=1.49",
         "hypothesis>=6.100",
         "pytest>=8.0",

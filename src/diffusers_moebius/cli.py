@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # Torch takes seconds to import: `--help` and bad arguments d
 DEFAULT_MODEL = "nano"
 FULL_MODEL_HINT = "for full quality add `--model hustvl/Moebius` (downloads about 1.2 GB once)"
 PREVIEW_SIDE = 1024
+TINY_AUTOENCODER = "madebyollin/taesdxl"  # has the latents of the published models
 
 
 class Scheduler(str, Enum):
@@ -54,6 +55,19 @@ class DType(str, Enum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+
+
+class ExportFormat(str, Enum):
+    """What `moebius export` writes."""
+
+    onnx = "onnx"
+
+
+class ExportDType(str, Enum):
+    """The types in which exported weights are stored."""
+
+    float32 = "float32"
+    float16 = "float16"
 
 
 class Paste(str, Enum):
@@ -311,6 +325,47 @@ def convert(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="nano|REPO|FOLDER", help="The model.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to be written.")],
+    checkpoint: CheckpointOption = None,
+    format: Annotated[ExportFormat, typer.Option(help="What to write.")] = ExportFormat.onnx,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE|HEIGHTxWIDTH",
+            help="Pixels at which the graphs are checked; each serves every size. May be given several times.",
+            show_default="the model's own, and half as high",
+        ),
+    ] = None,
+    dtype: Annotated[
+        ExportDType, typer.Option(help="Type in which the weights are stored, but for the encoder's.")
+    ] = ExportDType.float32,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tiny|FOLDER|REPO",
+            help="Another autoencoder; tiny is madebyollin/taesdxl, which has the latents of the published models.",
+            show_default="the model's own",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an exported folder.")] = False,
+) -> None:
+    """
+    Write a model as ONNX graphs, for browsers and for ONNX Runtime.
+
+    \b
+    Example:
+      moebius export hustvl/Moebius moebius-onnx --dtype float16 --vae tiny
+    """
+    from .export import export_onnx, parse_size
+
+    sizes = [parse_size(value) for value in size] if size else None
+    pipeline = _load_pipeline(model, checkpoint, "cpu", DType.float32, vae=vae)
+    print(export_onnx(pipeline, target, sizes=sizes, dtype=dtype.value, overwrite=overwrite))
+
+
+@app.command()
 def info(
     model: Annotated[
         str, typer.Argument(metavar="[nano|REPO|FOLDER]", help="The model, as in `moebius inpaint --model`.")
@@ -498,7 +553,9 @@ def _inpaint_job(
     return [job.output, job.preview]
 
 
-def _load_pipeline(model: str, checkpoint: str | None, device: str, dtype: DType) -> "MoebiusInpaintPipeline":
+def _load_pipeline(
+    model: str, checkpoint: str | None, device: str, dtype: DType, vae: str | None = None
+) -> "MoebiusInpaintPipeline":
     import diffusers
     import torch
 
@@ -512,7 +569,8 @@ def _load_pipeline(model: str, checkpoint: str | None, device: str, dtype: DType
     source = bundled_checkpoint(model) if model == DEFAULT_MODEL else model
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipeline = MoebiusInpaintPipeline.from_pretrained(source, checkpoint=checkpoint, dtype=torch_dtype)
+        vae = TINY_AUTOENCODER if vae == "tiny" else vae
+        pipeline = MoebiusInpaintPipeline.from_pretrained(source, checkpoint=checkpoint, vae=vae, dtype=torch_dtype)
     except Exception as error:  # Broken weights, an unreachable hub and an odd config all raise errors of their own.
         raise ValueError(f"The model {model} cannot be loaded: {error}") from error
     finally:
