@@ -19,7 +19,7 @@ EXTRAS = {
     "lora": ["peft>=0.17"],
     "train": ["datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.16", "peft>=0.17", "transformers>=4.56"],
     "perceptual": ["elatentlpips>=0.2"],
-    "demo": ["gradio>=6.0", "scikit-image>=0.24", "transformers>=4.56"],
+    "demo": ["gradio>=6.0", "opencv-python-headless>=4.10", "scikit-image>=0.24", "transformers>=4.56"],
     "eval": ["opencv-python-headless>=4.10", "scikit-image>=0.24"],
     "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],
     "fid": ["torch-fidelity>=0.3"],  # brings torchvision; without it the FID takes Inception as TorchScript
@@ -50,7 +50,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     include_package_data=True,
-    package_data={"diffusers_moebius": ["checkpoints/**/*", "py.typed"]},
+    package_data={"diffusers_moebius": ["checkpoints/**/*", "demo/static/*", "py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["moebius=diffusers_moebius.cli:main"]},

@@ -228,8 +228,10 @@ class Preview:
         array = (colors.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
         left, top, right, bottom = self.box
         fill = Image.fromarray(array).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
-        picture = self.view.copy()
+        picture = self.view.convert("RGB")
         picture.paste(fill, (left, top), self.mask.crop(self.box))
+        if self.view.mode == "RGBA":
+            picture.putalpha(self.view.getchannel("A"))
         return picture
 
     def _colors(self, latents: torch.Tensor, masked_image_latents: torch.Tensor) -> torch.Tensor:
