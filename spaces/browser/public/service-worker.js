@@ -28,9 +28,11 @@ self.addEventListener('fetch', (event) => {
   event.respondWith(
     caches.open(CACHE).then(async (cache) => {
       const kept = await cache.match(request, { ignoreSearch: request.mode === 'navigate' });
-      if (kept) return kept;
-      const response = await fetch(request);
-      if (response.ok && url.pathname.includes('/assets/')) await cache.put(request, response.clone());
+      // The list of models may be changed at any time; all else changes with the name of this cache.
+      const isList = url.pathname.endsWith('/models.json');
+      if (kept && !isList) return kept;
+      const response = await fetch(request).catch((error) => kept ?? Promise.reject(error));
+      if (response.ok && (isList || url.pathname.includes('/assets/'))) await cache.put(request, response.clone());
       return response;
     }),
   );

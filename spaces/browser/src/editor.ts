@@ -92,6 +92,15 @@ export class Editor {
     return { data: mask, height: this.height, width: this.width };
   }
 
+  /** The mask as a picture: white is filled. */
+  drawMask(): HTMLCanvasElement {
+    const [canvas, context] = makeCanvas(this.width, this.height);
+    const image = context.createImageData(this.width, this.height);
+    this.readMask().data.forEach((value, i) => image.data.set([255 * value, 255 * value, 255 * value, 255], 4 * i));
+    context.putImageData(image, 0, 0);
+    return canvas;
+  }
+
   hasMarks(): boolean {
     return this.marks.length > 0;
   }

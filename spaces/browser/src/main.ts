@@ -87,13 +87,12 @@ function addResult(patch: Patch): void {
   }
 }
 
-async function download(type: 'image/png' | 'image/jpeg'): Promise<void> {
-  const canvas = editor.compose();
+async function save(canvas: HTMLCanvasElement, file: string, type = 'image/png'): Promise<void> {
   const blob = await new Promise<Blob | null>((resolve) => canvas.toBlob(resolve, type, 0.95));
   if (!blob) return;
   const link = document.createElement('a');
   link.href = URL.createObjectURL(blob);
-  link.download = `${name}-filled.${type === 'image/png' ? 'png' : 'jpg'}`;
+  link.download = file;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
@@ -276,8 +275,9 @@ async function start(): Promise<void> {
   click('fit', () => editor.fit());
   click('run', run);
   click('stop', stop);
-  click('png', () => download('image/png'));
-  click('jpeg', () => download('image/jpeg'));
+  click('save-mask', () => save(editor.drawMask(), `${name}-mask.png`));
+  click('png', () => save(editor.compose(), `${name}-filled.png`));
+  click('jpeg', () => save(editor.compose(), `${name}-filled.jpg`, 'image/jpeg'));
   click('edit', () => {
     forgetResults();
     find('canvas').focus();

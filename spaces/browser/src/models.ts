@@ -16,9 +16,10 @@ export interface Model {
   files: Record<string, { size: number; sha256: string }>;
 }
 
-/** The address of a model's folder: a folder of the page, another one, or a repository on the hub. */
+/** The address of a model's folder: in the page's `models`, elsewhere, or a repository on the hub. */
 export function modelUrl(name: string, base: string): string {
-  const place = /^[\w.-]+\/[\w.-]+$/.test(name) ? `https://huggingface.co/${name}/resolve/main/` : name;
+  const isRepository = /^[\w-][\w.-]*\/[\w.-]+$/.test(name) && !name.startsWith('models/');
+  const place = isRepository ? `https://huggingface.co/${name}/resolve/main/` : name;
   return new URL(place.endsWith('/') ? place : `${place}/`, base).href;
 }
 

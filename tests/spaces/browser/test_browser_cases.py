@@ -23,7 +23,8 @@ def scheduler_case(name, steps, begin=0, **settings):
     torch.manual_seed(len(name) + steps)
     scheduler = getattr(diffusers, name)(**BETAS, **settings)
     scheduler.set_timesteps(steps)
-    scheduler.set_begin_index(begin)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
     image, noise = torch.randn(2, 1, 1, 2, 3)
     latents = scheduler.add_noise(image, noise, scheduler.timesteps[begin : begin + 1])
     case = {
@@ -56,7 +57,14 @@ def scheduler_cases():
         scheduler_case("DDIMScheduler", 1, clip_sample=False, timestep_spacing="trailing", prediction_type="sample"),
         scheduler_case("DDIMScheduler", 30, begin=10, clip_sample=False, steps_offset=1),
         scheduler_case("UniPCMultistepScheduler", 5, timestep_spacing="trailing"),
-        scheduler_case("UniPCMultistepScheduler", 10, begin=2, timestep_spacing="leading", solver_type="bh1"),
+        scheduler_case(
+            "UniPCMultistepScheduler",
+            10,
+            begin=2,
+            timestep_spacing="leading",
+            solver_type="bh1",
+            final_sigmas_type="sigma_min",
+        ),
         scheduler_case("UniPCMultistepScheduler", 6, prediction_type="sample", solver_order=1),
         scheduler_case("UniPCMultistepScheduler", 5, **zero_snr),
         scheduler_case("LCMScheduler", 4, clip_sample=False),
@@ -103,7 +111,11 @@ def blob(random, height, width):
     y, x = np.mgrid[:height, :width]
     mask = np.zeros((height, width), bool)
     for _ in range(random.integers(1, 4)):
-        cy, cx, r = random.integers(0, height), random.integers(0, width), random.integers(1, max(2, min(height, width) // 3))
+        cy, cx, r = (
+            random.integers(0, height),
+            random.integers(0, width),
+            random.integers(1, max(2, min(height, width) // 3)),
+        )
         mask |= (y - cy) ** 2 + (x - cx) ** 2 <= r**2
         mask[cy : cy + r, cx : cx + 2 * r] = True
     return mask
@@ -135,7 +147,13 @@ def region_cases():
 def resize_cases():
     torch.manual_seed(0)
     cases = []
-    for source, target in [((12, 9), (5, 7)), ((7, 8), (20, 31)), ((40, 3), (6, 3)), ((5, 5), (5, 9)), ((1, 30), (2, 11))]:
+    for source, target in [
+        ((12, 9), (5, 7)),
+        ((7, 8), (20, 31)),
+        ((40, 3), (6, 3)),
+        ((5, 5), (5, 9)),
+        ((1, 30), (2, 11)),
+    ]:
         image = torch.rand(1, 2, *source)
         padded = pad_to_multiple(image, 16)
         cases.append({"image": image[0], "size": target, "resized": resize(image, *target)[0], "padded": padded[0]})
