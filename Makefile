@@ -6,7 +6,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint space browser clean
+.PHONY: demo test test-all test-floor lint space browser clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/demo.py --output demo_output
@@ -16,6 +16,11 @@ test: $(VENV)/.dev-installed
 
 test-all: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Models, pipelines and loaders with the oldest diffusers and peft that are allowed, in an environment of their own.
+test-floor:
+	$(MAKE) VENV=$(VENV)-floor FLOOR="-c constraints-floor.txt" \
+		PYTEST_ARGS="$(PYTEST_ARGS) tests/models tests/pipelines tests/loaders" test
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
@@ -37,7 +42,8 @@ browser: $(VENV)/.dev-installed
 	cp -r spaces/browser/README.md spaces/browser/screenshots spaces/browser/dist/
 
 clean:
-	rm -rf $(VENV) demo_output build dist spaces/browser/dist spaces/browser/node_modules src/*.egg-info
+	rm -rf $(VENV) $(VENV)-floor demo_output build dist src/*.egg-info
+	rm -rf spaces/browser/dist spaces/browser/node_modules
 
 $(VENV)/.torch-installed: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
@@ -54,5 +60,5 @@ $(VENV)/.demo-installed: $(VENV)/.torch-installed setup.py
 	touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.torch-installed setup.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(FLOOR) -e ".[dev]"
 	touch $@

@@ -29,7 +29,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from diffusers_moebius.training.masks import dilate
+from diffusers_moebius.pictures.mask import dilate_mask
 from diffusers_moebius.training.picture_sources import PictureReader
 
 logger = logging.getLogger("prepare_masks")
@@ -151,7 +151,7 @@ def choose(segments: Segments, args: argparse.Namespace) -> list[tuple[np.ndarra
         is_background = label in args.background_labels
         if args.labels is not None and label not in args.labels and not is_background:
             continue
-        mask = dilate(mask, args.dilation)
+        mask = dilate_mask(mask, args.dilation)
         if args.min_area <= mask.mean() <= args.max_area:
             chosen.append((mask, "background" if is_background else "foreground"))
     return chosen[: args.max_masks_per_photo]

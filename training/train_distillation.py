@@ -19,8 +19,9 @@ import logging
 import torch
 from diffusers import DDIMScheduler
 
-from diffusers_moebius.loaders.pipeline_loader import load_vae
+from diffusers_moebius.loaders.hub import load_vae
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
+from diffusers_moebius.pipelines.latents import predicted_clean_latents
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 from diffusers_moebius.training.arguments import (
     add_data_arguments,
@@ -45,7 +46,6 @@ from diffusers_moebius.training.distillation import (
     BALANCES,
     AdaptiveBalance,
     distillation_losses,
-    predicted_clean_latents,
 )
 from diffusers_moebius.training.loop import TrainingLoop
 from diffusers_moebius.training.objective import noise_batch

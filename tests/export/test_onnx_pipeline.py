@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_moebius import MoebiusInpaintPipeline
 from diffusers_moebius.export import load_onnx_pipeline
 
 
@@ -48,3 +49,8 @@ def test_unet_takes_every_form_of_timestep(exported):
 def test_folder_without_graphs(tmp_path):
     with pytest.raises(ValueError, match="`folder` must hold ONNX graphs"):
         load_onnx_pipeline(tmp_path)
+
+
+def test_from_pretrained_says_who_loads_graphs(exported):
+    with pytest.raises(ValueError, match="holds ONNX graphs: load them with"):
+        MoebiusInpaintPipeline.from_pretrained(exported)

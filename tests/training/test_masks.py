@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_moebius.training.masks import MASK_PRESETS, MaskPreset, dilate, random_mask
+from diffusers_moebius.training.masks import MASK_PRESETS, MaskPreset, random_mask
 
 
 @settings(max_examples=40, deadline=None)
@@ -18,18 +18,6 @@ def test_mask_is_neither_empty_nor_full_and_follows_its_seed(preset, height, wid
     assert mask.shape == (height, width) and mask.dtype == bool
     assert 0 < mask.sum() < mask.size
     assert np.array_equal(mask, random_mask(height, width, preset, np.random.default_rng(seed)))
-
-
-@given(height=st.integers(1, 40), width=st.integers(1, 40), radius=st.integers(0, 45), seed=st.integers(0, 2**32 - 1))
-def test_dilation_marks_a_square_around_every_pixel(height, width, radius, seed):
-    generator = np.random.default_rng(seed)
-    mask = generator.random((height, width)) < generator.choice([0.01, 0.1])
-    expected = np.zeros_like(mask)
-    for row, column in zip(*mask.nonzero()):
-        expected[max(0, row - radius) : row + radius + 1, max(0, column - radius) : column + radius + 1] = True
-    before = mask.copy()
-    assert np.array_equal(dilate(mask, radius), expected)
-    assert np.array_equal(mask, before)
 
 
 def test_masks_of_one_generator_differ():

@@ -3,7 +3,7 @@
 import { Editor, makeCanvas } from './editor';
 import { drawExample } from './example';
 import type { RunRequest, WorkerMessage } from './messages';
-import { loadModel, modelUrl } from './models';
+import { keepModels, loadModel, modelUrl } from './models';
 import type { Patch } from './pipeline';
 import { LANGUAGES, type TextKey, preferredLanguage, setLanguage, text } from './text';
 
@@ -36,6 +36,7 @@ function openCanvas(canvas: HTMLCanvasElement, title: string): void {
   if (Math.min(canvas.width, canvas.height) < MIN_SIDE) return tell('tooSmall');
   name = title;
   showWork(true);
+  find('canvas').style.setProperty('--aspect', String(canvas.height / canvas.width));
   editor.open(canvas);
   forgetResults();
   tell('sizeOfPhoto', { width: canvas.width, height: canvas.height });
@@ -64,6 +65,7 @@ function showWork(isOpen: boolean): void {
 function forgetResults(): void {
   patches = [];
   find('results').hidden = true;
+  find('marking').hidden = false;
   find('candidates').querySelectorAll('label').forEach((label) => label.remove());
   editor.show(null);
 }
@@ -79,6 +81,7 @@ function addResult(patch: Patch): void {
   find('candidates').append(label);
   find('candidates').hidden = number < 2;
   find('results').hidden = false;
+  find('marking').hidden = true;
   if (number === 1) {
     radio.checked = true;
     input('compare').value = '0';
@@ -126,6 +129,7 @@ function run(): void {
   const mask = editor.readMask();
   if (!mask.data.includes(1)) return tell('nothingMarked');
   clearTimeout(idle);
+  keepModels();
   forgetResults();
   setRunning(true);
   find('stop').focus();
@@ -193,7 +197,7 @@ function run(): void {
     margin: Math.max(number('context') ?? 64, 0),
     seeds: Array.from({ length: count }, (_, i) => (seed + i) >>> 0),
     fast: input('fast').checked,
-    device: input('cpu').checked ? 'wasm' : 'auto',
+    device: input('device').value as RunRequest['device'],
   };
   worker.postMessage(request, [request.pixels.buffer, request.mask.data.buffer]);
 }

@@ -13,7 +13,8 @@ export interface RunRequest {
   margin: number;
   seeds: number[];
   fast: boolean;
-  device: 'auto' | 'wasm';
+  /** `auto` is WebGPU for large models where the browser has it. */
+  device: 'auto' | 'wasm' | 'webgpu';
 }
 
 export type WorkerMessage =

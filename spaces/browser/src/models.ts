@@ -65,7 +65,7 @@ export async function loadModel(url: string): Promise<Model> {
   return { url, config, size, files };
 }
 
-/** Keeps the browser from making room by dropping the models, if it agrees. */
+/** Asks the browser not to make room by dropping the models; only pages can, workers cannot. */
 export async function keepModels(): Promise<void> {
   await navigator.storage?.persist?.().catch(() => false);
 }

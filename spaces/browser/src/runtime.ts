@@ -41,15 +41,11 @@ async function loadRuntime(device: Device): Promise<typeof Ort> {
   return ort;
 }
 
-/** The graphs of a model on a device. One at a time is in memory unless the model is small. */
-export async function openGraphs(
-  model: Model,
-  device: Device,
-  onBytes: (count: number) => void,
-): Promise<Graphs> {
+/** Opens the graphs of a model on a device. */
+export async function openGraphs(model: Model, device: Device, onBytes: (count: number) => void): Promise<Graphs> {
   const ort = await loadRuntime(device);
   const options: Ort.InferenceSession.SessionOptions = {
-    executionProviders: device === 'webgpu' ? ['webgpu', 'wasm'] : ['wasm'],
+    executionProviders: [device],
     graphOptimizationLevel: 'all',
   };
   const open = async (name: 'unet' | 'vae_encoder' | 'vae_decoder') =>

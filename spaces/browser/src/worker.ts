@@ -1,7 +1,7 @@
 /** Runs models beside the page, which stays free for the user meanwhile. Ended from outside, it gives all memory back. */
 
 import type { RunRequest, WorkerMessage } from './messages';
-import { type Model, ModelFileError, keepModels, loadModel } from './models';
+import { type Model, ModelFileError, loadModel } from './models';
 import { type Graphs, inpaint, useFewSteps } from './pipeline';
 import { type Device, hasWebGpu, openGraphs, threadCount } from './runtime';
 
@@ -51,10 +51,10 @@ self.onmessage = async ({ data: request }: MessageEvent<RunRequest>) => {
   const start = performance.now();
   let where: 'model' | 'run' = 'model';
   try {
-    await keepModels();
     const { size } = await loadModel(request.modelUrl);
     where = 'run';
-    const device = request.device === 'auto' && size > LARGE && (await hasWebGpu()) ? 'webgpu' : 'wasm';
+    let { device } = request;
+    if (device === 'auto') device = size > LARGE && (await hasWebGpu()) ? 'webgpu' : 'wasm';
     try {
       await run(request, device);
     } catch (error) {

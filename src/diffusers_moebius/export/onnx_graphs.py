@@ -133,7 +133,7 @@ def export_onnx(
         ValueError: If an argument is not as described, or a graph does not do what its model does.
     """
     target = Path(target).absolute()
-    multiple, native = pipeline.size_multiple, pipeline.native_size
+    multiple, native = pipeline.sizes.multiple, pipeline.sizes.native
     sizes = [(native, native), (native // 2 // multiple * multiple or multiple, native)] if sizes is None else sizes
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
@@ -165,14 +165,6 @@ def export_onnx(
             old.rename(target)
         shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Height and width of `"512"` or `"HEIGHTxWIDTH"`."""
-    lengths = text.lower().split("x")
-    if len(lengths) > 2 or not all(length.isdecimal() for length in lengths):
-        raise ValueError(f"`--size` must be a number of pixels or HEIGHTxWIDTH, but is {text!r}.")
-    return int(lengths[0]), int(lengths[-1])
 
 
 def _write_folder(pipeline, folder: Path, dtype: str) -> None:
@@ -406,7 +398,7 @@ def _make_card(pipeline, folder: Path, dtype: str, checks: list[tuple[str, str, 
         base_model=f"\nbase_model: {base_model}" if base_model else "",
         title=folder.name,
         graphs="\n".join(graphs),
-        multiple=pipeline.size_multiple,
+        multiple=pipeline.sizes.multiple,
         checks="\n".join(f"| `{name}` | {size} | {difference:.1e} |" for name, size, difference in checks),
         about="".join(f"\n{text}\n" for text in ["## About the weights", *about]) if about else "",
     )

@@ -10,13 +10,13 @@ from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from ..loaders.pipeline_loader import load_vae
+from ..loaders.hub import load_vae
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
+from ..pipelines.latents import predicted_clean_latents
 from ..pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 from .data import open_training_data
-from .distillation import predicted_clean_latents
 from .latents import LatentCacheDataset, build_latent_cache, encode_latents
 from .optimizers import Muon, muon_parameter_groups
 

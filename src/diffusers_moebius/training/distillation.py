@@ -13,36 +13,6 @@ STUDENT_BLOCK, TEACHER_BLOCK = 2, 5
 RELEASE_FACTORS = {"coarse": 0.01, "task": 0.5, "fine": 0.01, "perceptual": 0.5}
 
 
-def predicted_clean_latents(
-    prediction: torch.Tensor,
-    noisy_latents: torch.Tensor,
-    timesteps: torch.Tensor,
-    alphas_cumprod: torch.Tensor,
-    prediction_type: str = "epsilon",
-) -> torch.Tensor:
-    """
-    The clean latents that a prediction implies.
-
-    Args:
-        prediction (`torch.Tensor` of shape `[B, C, H, W]`): Output of the denoiser.
-        noisy_latents (`torch.Tensor` of shape `[B, C, H, W]`): Its noisy input.
-        timesteps (`torch.Tensor` of shape `[B]`): Timesteps of the samples.
-        alphas_cumprod (`torch.Tensor` of shape `[T]`): Of the noise schedule.
-        prediction_type (`str`, defaults to `"epsilon"`): Or `"v_prediction"`, or `"sample"`.
-
-    Returns:
-        `torch.Tensor` of shape `[B, C, H, W]`.
-    """
-    alpha = alphas_cumprod.to(noisy_latents)[timesteps].view(-1, 1, 1, 1)
-    if prediction_type == "epsilon":
-        return (noisy_latents - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
-    if prediction_type == "v_prediction":
-        return alpha.sqrt() * noisy_latents - (1 - alpha).sqrt() * prediction
-    if prediction_type == "sample":
-        return prediction
-    raise ValueError(f'`prediction_type` must be "epsilon", "v_prediction" or "sample", but is {prediction_type!r}.')
-
-
 def distillation_losses(
     student_output,
     teacher_output,

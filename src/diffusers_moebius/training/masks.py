@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..pictures.mask import dilate_mask
+
 
 @dataclass(frozen=True)
 class MaskPreset:
@@ -73,30 +75,6 @@ def _draw_boxes(draw: ImageDraw.ImageDraw, preset: MaskPreset, width: int, heigh
         draw.rectangle((left, top, left + box_width - 1, top + box_height - 1), fill=255)
 
 
-def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
-    """
-    Grows a mask by a square of `2 radius + 1` pixels; Pillow's `MaxFilter` would take most of a sample's time.
-
-    Args:
-        mask (`np.ndarray` of shape `[H, W]` and dtype bool): The mask.
-        radius (`int`): Pixels that it grows to each side; 0 leaves it.
-
-    Returns:
-        `np.ndarray` of shape `[H, W]` and dtype bool.
-    """
-    for _ in range(2):
-        done = 0
-        while done < radius:
-            # What covers `done` pixels to a side and is moved by one more leaves no gap, at the border either.
-            step = min(done + 1, radius - done)
-            grown = mask.copy()
-            grown[step:] |= mask[:-step]
-            grown[:-step] |= mask[step:]
-            mask, done = grown, done + step
-        mask = mask.T
-    return mask
-
-
 def random_mask(
     height: int, width: int, preset: str | MaskPreset = "medium_512", generator: np.random.Generator | None = None
 ) -> np.ndarray:
@@ -134,6 +112,6 @@ def random_mask(
             _draw_strokes(draw, preset, width, height, scale, generator)
         # The dilation, by a square once or twice, is in pixels of the preset too.
         radius = round(scale * _integer(generator, (1, 3)))
-        mask = dilate(np.asarray(canvas) > 0, radius * _integer(generator, (1, 2)))
+        mask = dilate_mask(np.asarray(canvas) > 0, radius * _integer(generator, (1, 2)))
         if mask.any() and not mask.all():
             return mask

@@ -11,7 +11,7 @@ from page_server import PageServer
 from PIL import Image, ImageOps
 
 from diffusers_moebius.export import load_onnx_pipeline
-from diffusers_moebius.pictures.region import crop_region, working_size
+from diffusers_moebius.pictures.region import find_regions
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -113,10 +113,8 @@ def fill_in_python(folder, photo, mask, seed=0, margin=64):
     """What the pipeline makes of the same graphs and the same noise."""
     pipeline = load_onnx_pipeline(folder)
     pipeline.set_progress_bar_config(disable=True)
-    factor, multiple = pipeline.vae_scale_factor, pipeline.size_multiple
-    left, top, right, bottom = crop_region(mask, margin, 2 * factor)
-    size = working_size(bottom - top, right - left, pipeline.native_size)
-    height, width = (-(-length // multiple) * multiple // factor for length in size)
+    region = find_regions(photo, Image.fromarray(mask), pipeline.sizes, padding_mask_crop=margin)[0]
+    height, width = (length // pipeline.vae_scale_factor for length in region.size)
     channels = pipeline.unet.config.out_channels
     count = channels * height * width
     latents = browser_noise(seed, count).reshape(1, channels, height, width)
@@ -350,3 +348,21 @@ def test_folder_is_small_enough(page_folder):
     """What a first visit with `nano` loads."""
     files = [path for path in page_folder.rglob("*") if path.is_file() and "asyncify" not in path.name]
     assert sum(path.stat().st_size for path in files) < 25e6
+
+
+def test_falls_back_to_the_processor(server, visit):
+    visitor = visit(server.url)
+    assert not visitor.page.evaluate("!!navigator.gpu && navigator.gpu.requestAdapter()")
+    statuses = visitor.page.evaluate_handle(
+        """() => {
+            const texts = [], status = document.querySelector('#status');
+            new MutationObserver(() => texts.push(status.textContent)).observe(status, { childList: true });
+            return texts;
+        }"""
+    )
+    visitor.press("Try an example")
+    visitor.stroke()
+    visitor.page.locator("summary").click()
+    visitor.page.get_by_label("Compute on").select_option("webgpu")
+    visitor.run()
+    assert any("graphics card cannot" in text for text in statuses.json_value())
