@@ -46,6 +46,12 @@ def test_unet_takes_every_form_of_timestep(exported):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_graphs_have_no_adapters_to_weigh(exported):
+    unet = load_onnx_pipeline(exported).unet
+    with pytest.raises(ValueError, match="`attention_kwargs`"):
+        unet(torch.ones(1, 9, 8, 8), 7, torch.ones(1, 1, 1), attention_kwargs={"scale": 0.5})
+
+
 def test_folder_without_graphs(tmp_path):
     with pytest.raises(ValueError, match="`folder` must hold ONNX graphs"):
         load_onnx_pipeline(tmp_path)

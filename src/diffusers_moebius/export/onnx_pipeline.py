@@ -61,9 +61,12 @@ class OnnxUNet2DModel:
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
         encoder_hidden_states: torch.Tensor,
+        attention_kwargs: dict | None = None,
         return_dict: bool = True,
     ) -> MoebiusUNet2DOutput | tuple[torch.Tensor]:
         """As [`MoebiusUNet2DModel.forward`], with the category as the only token: 0 background, 1 foreground."""
+        if attention_kwargs:
+            raise ValueError("`attention_kwargs` is for adapters, which an ONNX graph does not have.")
         timestep = torch.as_tensor(timestep).reshape(-1)[:1]
         sample = self.graph.run(sample=sample, timestep=timestep, encoder_hidden_states=encoder_hidden_states)
         return MoebiusUNet2DOutput(sample=sample) if return_dict else (sample,)
