@@ -155,8 +155,8 @@ def _working_size(photo: Photo, pipeline: "MoebiusInpaintPipeline", margin: int 
     box = (0, 0, *photo.image.size)
     if margin is not None and photo.mask.any():
         box = crop_region(photo.mask, margin, 2 * pipeline.vae_scale_factor)
-    size = working_size(box[3] - box[1], box[2] - box[0], pipeline.native_size)
-    return tuple(math.ceil(length / pipeline.size_multiple) * pipeline.size_multiple for length in size)
+    size = working_size(box[3] - box[1], box[2] - box[0], pipeline.sizes.native)
+    return tuple(math.ceil(length / pipeline.sizes.multiple) * pipeline.sizes.multiple for length in size)
 
 
 def _suggest_batch_size(pipeline: "MoebiusInpaintPipeline") -> int:
