@@ -170,6 +170,11 @@ def dilate_mask(mask: np.ndarray, pixels: int) -> np.ndarray:
     return mask
 
 
+def removal_dilation(width: int, height: int) -> int:
+    """By how many pixels the mask of an object to remove grows: 4 where the shorter side has 512, in proportion."""
+    return round(4 * min(width, height) / 512)
+
+
 def mask_box(mask: np.ndarray, margin: int = 0) -> tuple[int, int, int, int]:
     """
     The bounding box of a mask that is not empty, grown by a margin and cut at the picture's borders.
