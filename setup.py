@@ -33,7 +33,7 @@ EXTRAS = {
         "scikit-image>=0.24",
         "pypatchmatch>=2.2; python_version >= '3.11'",
     ],
-    "bench": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
+    "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],
     "lpips": ["lpips>=0.1.4"],  # brings torchvision, and downloads AlexNet; without it LPIPS takes weights from a file
     "fid": ["torch-fidelity>=0.3"],  # brings torchvision; without it the FID takes Inception as TorchScript
 }
@@ -42,6 +42,7 @@ EXTRAS["dev"] = sorted(
         *EXTRAS["train"],
         *EXTRAS["eval"],
         *EXTRAS["demo"],
+        *EXTRAS["onnx"],
         *EXTRAS["heic"],
         *EXTRAS["parquet"],
         *EXTRAS["ray"],

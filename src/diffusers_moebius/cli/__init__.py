@@ -11,6 +11,7 @@ import typer
 from .batch import batch
 from .convert import convert
 from .demo import demo
+from .export import export
 from .info import info
 from .inpaint import inpaint
 from .messages import note, one_line
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inpaint, batch, convert, info, demo, push):
+for command in (inpaint, batch, convert, export, info, demo, push):
     app.command()(command)
 app.add_typer(study, name="study")
 app.add_typer(space)
