@@ -3,13 +3,23 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, ImageOps, JpegImagePlugin
 
-from diffusers_moebius.pictures.files import ImageMetadata, check_output, read_image, write_image
+from diffusers_moebius.pictures.files import (
+    ImageMetadata,
+    check_output,
+    encode_image,
+    read_image,
+    remove_leftovers,
+    replace_file,
+    write_image,
+)
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -244,8 +254,7 @@ def test_reduced_depth_is_said(tmp_path):
 @pytest.mark.parametrize(
     "name, mode, message",
     [
-        ("out.jpg", "RGBA", "mode RGBA"),
-        ("out.png", "CMYK", "mode CMYK"),
+        ("out.png", "HSV", "mode HSV"),
         ("out.xyz", "RGB", "suffix '.xyz'"),
         ("out", "RGB", "suffix ''"),
         ("missing/out.png", "RGB", "folder .*missing.* does not exist"),
@@ -295,3 +304,99 @@ def test_new_files_have_ordinary_permissions_and_links_stay(tmp_path):
     write_image(smooth_picture(size=(8, 8)), tmp_path / "link.png", overwrite=True)
     assert (tmp_path / "link.png").is_symlink()
     assert read_image(tmp_path / "out.png")[0].size == (8, 8)
+
+
+@pytest.mark.parametrize("name, mode", [("out.jpg", "RGBA"), ("out.jpg", "LA"), ("out.ppm", "LA")])
+def test_transparency_is_laid_on_white_where_there_is_none(tmp_path, name, mode):
+    image = smooth_picture("L" if mode == "LA" else "RGB").convert(mode)
+    image.putalpha(Image.fromarray(np.repeat(np.uint8([[0, 255]]), 24, axis=1).repeat(32, axis=0)))
+    loss = check_output(tmp_path / name, mode)
+    assert "out" in loss and "transparent" in loss and "white" in loss
+    write_image(image, tmp_path / name)
+    with Image.open(tmp_path / name) as written:
+        assert written.mode == mode[:-1]
+        pixels = np.asarray(written.convert("RGB"), int)
+        assert pixels[:, :22].min() >= 250
+        assert np.abs(pixels - np.asarray(image.convert("RGB"), int))[:, 26:].max() <= 6
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp"])
+def test_cmyk_becomes_rgb_where_there_is_none(tmp_path, suffix):
+    source = smooth_picture("CMYK")
+    profile = ImageMetadata("TIFF", {"icc_profile": SRGB[:16] + b"CMYK" + SRGB[20:]})
+    assert "CMYK becomes RGB" in check_output(tmp_path / f"out{suffix}", "CMYK", profile)
+    write_image(source, tmp_path / f"out{suffix}", profile)
+    with Image.open(tmp_path / f"out{suffix}") as written:
+        assert np.array_equal(written, source.convert("RGB")) and "icc_profile" not in written.info
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".bmp", ".jpg"])
+def test_sixteen_bits_are_rounded_where_there_are_eight(tmp_path, suffix):
+    source = Image.fromarray(np.full((8, 8), 128 * 257, np.uint16))
+    assert "16 bits are rounded to 8" in check_output(tmp_path / f"out{suffix}", "I;16")
+    write_image(source, tmp_path / f"out{suffix}")
+    with Image.open(tmp_path / f"out{suffix}") as written:
+        assert written.convert("L").getpixel((3, 3)) == 128
+
+
+@pytest.mark.parametrize(
+    "name, mode", [("out.png", "RGBA"), ("out.webp", "L"), ("out.jpg", "CMYK"), ("out.tif", "LA")]
+)
+def test_nothing_is_said_where_nothing_is_lost(tmp_path, name, mode):
+    assert check_output(tmp_path / name, mode) is None
+
+
+def test_contents_are_read_as_files_are(tmp_path):
+    smooth_picture().save(tmp_path / "in.jpg", exif=camera_exif(6), icc_profile=SRGB)
+    from_file, metadata = read_image(tmp_path / "in.jpg")
+    from_bytes, same = read_image((tmp_path / "in.jpg").read_bytes())
+    assert np.array_equal(from_file, from_bytes) and metadata == same
+    write_image(from_file, tmp_path / "out.jpg", metadata)
+    assert encode_image(from_file, "any.jpg", metadata) == (tmp_path / "out.jpg").read_bytes()
+    with pytest.raises(ValueError, match="sample 7 is not a picture"):
+        read_image(b"text", "sample 7")
+
+
+def test_photos_of_phones(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    smooth_picture().save(tmp_path / "in.heic", exif=camera_exif(6).tobytes(), quality=90, chroma=444)
+    image, metadata = read_image(tmp_path / "in.heic")
+    assert image.size == (48, 32) or image.size == (32, 48)
+    assert metadata.format == "HEIF"
+    write_image(image, tmp_path / "out.heic", metadata)
+    again, _ = read_image(tmp_path / "out.heic")
+    assert again.size == image.size and again.getexif()[ExifTags.Base.Make] == "Camera"
+    assert np.abs(np.asarray(again, int) - np.asarray(image, int)).max() <= 8
+    assert "CMYK becomes RGB" in check_output(tmp_path / "other.heic", "CMYK")
+
+
+def test_phone_photos_name_the_package_that_they_need(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    for action in (lambda: read_image(tmp_path / "photo.heic"), lambda: check_output(tmp_path / "new.heic", "RGB")):
+        with pytest.raises(ValueError, match=r"heic is HEIC, which needs `pip install diffusers-moebius\[heic\]`"):
+            action()
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    (tmp_path / "album").mkdir()
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    leftover = tmp_path / "album" / f".out.png.{killed.pid}.tmp"
+    kept = [tmp_path / f".out.png.{os.getppid()}.tmp", tmp_path / ".notes.tmp", tmp_path / "out.png"]
+    for path in (leftover, *kept):
+        path.touch()
+    remove_leftovers(tmp_path)
+    assert not leftover.exists() and all(path.exists() for path in kept)
+
+
+def test_replaced_files_are_whole(tmp_path):
+    target = tmp_path / "report.txt"
+    with replace_file(target) as file:
+        file.write(b"one")
+        assert not target.exists()
+    with pytest.raises(RuntimeError), replace_file(target) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert target.read_bytes() == b"one" and os.listdir(tmp_path) == ["report.txt"]

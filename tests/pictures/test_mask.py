@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from random_pictures import noise_image
 
-from diffusers_moebius.pictures.mask import dilate_mask, load_masks
+from diffusers_moebius.pictures.mask import dilate_mask, fit_mask, load_masks, read_mask
 from diffusers_moebius.pictures.picture import load_pictures
 
 
@@ -35,6 +37,10 @@ class TestLoadMasks:
             byte,
             byte[None],
             byte[..., None],
+            self.drawn.astype(np.uint8),
+            self.drawn.astype(np.uint16),
+            torch.from_numpy(self.drawn).to(torch.uint8),
+            Image.fromarray(self.drawn.astype(np.uint8)),
             self.drawn.astype(np.float64),
             self.drawn * np.float32(0.6) + np.float32(0.1),
             self.drawn.astype(np.uint16) * 65535,
@@ -71,6 +77,28 @@ class TestLoadMasks:
         assert not self.read(np.full((24, 20), 127, np.uint8)).any()
         assert self.read(np.full((24, 20), 0.5)).all()
 
+    @pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+    def test_grey_is_filled_from_half_of_white_on(self, mode):
+        noise = noise_image(mode)
+        values = np.asarray(noise.convert("L") if mode == "RGB" else noise, np.float64)
+        with pytest.warns(UserWarning, match="`mask_image`: .*% of its pixels are neither dark nor bright"):
+            mask = self.read(noise)
+        half = 32768 if mode == "I;16" else 128
+        clear = np.abs(values - half) > 2  # the grey of colours is rounded
+        np.testing.assert_array_equal(mask[clear], (values >= half)[clear])
+
+    def test_soft_edges_are_not_worth_a_word(self, recwarn):
+        jpeg = io.BytesIO()
+        Image.fromarray(self.drawn).convert("L").resize((160, 192), 0).save(jpeg, "JPEG", quality=70)
+        mask = load_masks(Image.open(jpeg), load_pictures(noise_image("RGB", 192, 160)))[0]
+        assert not recwarn.list
+        np.testing.assert_array_equal(mask, self.drawn.repeat(8, 0).repeat(8, 1))
+
+    def test_a_mask_of_the_same_aspect_ratio_is_resized(self):
+        half = self.drawn.reshape(12, 2, 10, 2).any(axis=(1, 3))
+        np.testing.assert_array_equal(self.read(half), half.repeat(2, 0).repeat(2, 1))
+        assert not (self.drawn & ~self.read(self.drawn.repeat(3, 0).repeat(3, 1))).any()
+
     def test_one_mask_for_several_pictures(self):
         pictures = load_pictures([noise_image("RGB"), noise_image("L")])
         assert len(load_masks(self.drawn, pictures)) == 2
@@ -80,11 +108,9 @@ class TestLoadMasks:
         [
             (np.zeros((20, 24), np.uint8), "24×20"),
             (Image.new("L", (21, 24)), "21×24"),
+            (Image.new("L", (20, 25)), "20×25"),
+            (np.zeros((20, 24), np.uint8), "EXIF orientation"),
             ([np.zeros((24, 20), bool)] * 3, "3 masks for 1 pictures"),
-            (np.arange(480, dtype=np.uint16).reshape(24, 20), "more than two values"),
-            (np.linspace(0, 1, 480).reshape(24, 20), "more than two values"),
-            (noise_image("L"), "more than two values"),
-            (noise_image("RGBA"), "more than two values"),
             (np.full((24, 20), np.nan), "NaN"),
             (np.full((24, 20), 2.0), "range 0 to 1"),
             (np.zeros((24, 20), np.int64), "int64"),
@@ -96,3 +122,75 @@ class TestLoadMasks:
         with pytest.raises(ValueError, match="`mask_image`") as error:
             self.read(value)
         assert words in str(error.value)
+
+
+class TestReadMask:
+    drawn = TestLoadMasks.drawn
+
+    def glass(self, mode="RGBA"):
+        """A picture with a hole, as some interfaces want their masks: transparent where it is to be filled."""
+        image = noise_image(mode)
+        image.putalpha(Image.fromarray(np.uint8(255) * ~self.drawn))
+        return image
+
+    @pytest.mark.parametrize("mode", ["LA", "RGBA"])
+    def test_source(self, mode):
+        glass = self.glass(mode)
+        np.testing.assert_array_equal(read_mask(glass, source="transparent")[0], self.drawn)
+        for source in ("auto", "alpha"):
+            np.testing.assert_array_equal(read_mask(glass, source=source)[0], ~self.drawn)
+        opaque = glass.convert(mode[:-1])
+        np.testing.assert_array_equal(read_mask(glass, source="luminance")[0], read_mask(opaque)[0])
+
+    @pytest.mark.parametrize("source", ["alpha", "transparent"])
+    def test_source_that_is_not_there(self, source):
+        with pytest.raises(ValueError, match=f"`mask_source` is '{source}', but `mask_image` has no alpha"):
+            read_mask(self.drawn, source=source)
+
+    def test_unknown_source(self):
+        with pytest.raises(ValueError, match=r"`mask_source` must be one of 'auto', .* but is 'red'"):
+            read_mask(self.drawn, source="red")
+
+    def test_invert(self):
+        np.testing.assert_array_equal(read_mask(~self.drawn, invert=True)[0], self.drawn)
+
+    def test_threshold(self):
+        values = np.linspace(0, 1, 480).reshape(24, 20)
+        for threshold in (0.1, 0.9, 1):
+            np.testing.assert_array_equal(read_mask(values, threshold)[0], values >= threshold)
+
+    @pytest.mark.parametrize("threshold", [0, -0.1, 1.1, np.nan])
+    def test_threshold_is_a_share(self, threshold):
+        with pytest.raises(ValueError, match="`mask_threshold`"):
+            read_mask(self.drawn, threshold)
+
+    def test_what_may_not_be_meant_is_said(self):
+        assert read_mask(self.drawn)[1] == []
+        (remark,) = read_mask(~self.drawn)[1]
+        assert remark.startswith("81% of the photo") and "invert" in remark
+        assert read_mask(~self.drawn, invert=True)[1] == []
+        ring = np.ones((24, 20), bool)
+        ring[1:-1, 1:-1] = False
+        (remark,) = read_mask(ring)[1]
+        assert "whole border" in remark and "invert" in remark
+
+
+class TestFitMask:
+    def test_strokes_survive(self):
+        mask = np.zeros((600, 400), bool)
+        mask[77], mask[:, 123] = True, True
+        small = fit_mask(mask, 60, 40)
+        assert small.sum() == 60 + 40 - 1 and small[7].all() and small[:, 12].all()
+
+    @pytest.mark.parametrize("size", [(683, 1024), (682, 1024), (67, 100), (3333, 5000)])
+    def test_sizes_that_rounding_gives(self, size):
+        assert fit_mask(np.zeros(size, bool), 2667, 4000).shape == (2667, 4000)
+
+    def test_stretch(self):
+        mask = np.zeros((2, 2), bool)
+        mask[0, 0] = True
+        expected = np.zeros((4, 10), bool)
+        expected[:2, :5] = True
+        np.testing.assert_array_equal(fit_mask(mask, 4, 10, stretch=True), expected)
+        with pytest.raises(ValueError, match="2×2 px, but its `image` is 10×4"):
+            fit_mask(mask, 4, 10)

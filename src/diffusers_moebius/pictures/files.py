@@ -3,11 +3,16 @@
 import io
 import math
 import os
+import re
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 # What a TIFF's first directory says about the picture; its other tags describe how that one file stores the pixels.
@@ -33,7 +38,22 @@ _SAVE_DEFAULTS = {
     "WEBP": {"lossless": True, "exact": True},
     "TIFF": {"compression": "tiff_adobe_deflate"},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+    "HEIF": {"quality": 95, "chroma": 444},
 }
+# Where a format cannot hold a mode: what it is made into, and what is lost.
+_REDUCTIONS = {
+    "RGBA": ("RGB", "what is transparent is laid on white"),
+    "LA": ("L", "what is transparent is laid on white"),
+    "CMYK": ("RGB", "CMYK becomes RGB"),
+    "I;16": ("L", "16 bits are rounded to 8"),
+    "I": ("L", "16 bits are rounded to 8"),
+    "F": ("L", "floats are rounded to 8 bits"),
+}
+# Modes that a format takes and stores as something else.
+_MISTAKEN = dict.fromkeys(("WEBP", "AVIF", "HEIF", "GIF"), ("CMYK", "I;16", "I", "F"))
+# Python's warning filters belong to the process; photos are read by several threads.
+_FILTER_LOCK = threading.Lock()
+_HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 _MODES_OF_ICC_SPACE = {b"GRAY": ("1", "L", "LA", "I", "I;16", "F"), b"CMYK": ("CMYK",)}
 
 
@@ -54,16 +74,23 @@ class ImageMetadata:
     encoding: dict[str, Any] = field(default_factory=dict)
 
 
-def read_image(path: str | os.PathLike) -> tuple[Image.Image, ImageMetadata]:
+def picture_suffixes() -> set[str]:
+    """The suffixes, in lower case, of files that are pictures."""
+    return {*Image.registered_extensions(), *_HEIF_SUFFIXES}
+
+
+def read_image(file: str | os.PathLike | bytes, name: str | None = None) -> tuple[Image.Image, ImageMetadata]:
     """
     Reads a picture file, turned upright by its EXIF orientation, in a mode that can take any new pixels.
 
     Palette pictures become RGB, bilevel ones grey, and a transparent colour becomes an alpha channel; every other mode
-    (16-bit, CMYK, alpha) stays as it is.
+    (16-bit grey, CMYK, alpha) stays as it is. Of colour with 16 bits a channel Pillow reads 8.
 
     Args:
-        path (`str` or `os.PathLike`): A file in any format that Pillow reads. Of a photo with auxiliary pictures
-            (MPO, which phones write) the photo itself is read.
+        file (`str`, `os.PathLike` or `bytes`): A file in any format that Pillow reads, or what is in it; HEIC needs
+            the package pillow-heif. Of a photo with auxiliary pictures (MPO and HEIC, which phones write) the photo
+            itself is read.
+        name (`str`, *optional*): What errors call the file; its path by default.
 
     Returns:
         `tuple[PIL.Image.Image, ImageMetadata]`: The picture, and what [`write_image`] needs to keep its metadata.
@@ -71,28 +98,40 @@ def read_image(path: str | os.PathLike) -> tuple[Image.Image, ImageMetadata]:
     Raises:
         ValueError: If the file is no picture, is broken, animated, or has more pixels than Pillow deems safe.
     """
-    path = Path(path)
-    with path.open("rb") as file, warnings.catch_warnings():
-        # Pillow warns from half of the size on that it refuses; photos of 100 megapixels are ordinary ones.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    name = name or ("the picture" if isinstance(file, bytes) else str(file))
+    with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as source:
+        header = source.read(12)
+        if header[4:8] == b"ftyp" and not header.startswith(b"avi", 8):
+            _register_heif(name)
         try:
-            image = Image.open(file)
+            with _FILTER_LOCK, warnings.catch_warnings():
+                # Pillow warns from half of the size on that it refuses; photos of 100 megapixels are ordinary ones.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(source)
             frames = getattr(image, "n_frames", 1)
             is_reduced = image.mode == "RGB" and ";16" in str(image.tile)
             image.load()
             upright = _without_palette(ImageOps.exif_transpose(image))
             metadata = _metadata(image)
         except Image.UnidentifiedImageError:
-            raise ValueError(f"{path} is not a picture in a format that Pillow reads.") from None
+            raise ValueError(f"{name} is not a picture in a format that Pillow reads.") from None
         except Exception as error:  # On broken files decoders raise anything from OSError to struct.error.
-            raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    if frames > 1 and image.format != "MPO":
-        raise ValueError(f"{path} has {frames} frames or pages; only single pictures are allowed.")
+            raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+    if frames > 1 and image.format not in ("MPO", "HEIF"):
+        raise ValueError(f"{name} has {frames} frames or pages; only single pictures are allowed.")
     if 0 in upright.size:
-        raise ValueError(f"{path} is {upright.width}×{upright.height} pixels; a picture has at least one.")
+        raise ValueError(f"{name} is {upright.width}×{upright.height} pixels; a picture has at least one.")
     if is_reduced:
-        warnings.warn(f"{path} has 16 bits a channel, of which Pillow reads 8 in colour pictures.", stacklevel=2)
+        warnings.warn(f"{name} has 16 bits a channel, of which Pillow reads 8 in colour pictures.", stacklevel=2)
     return upright, metadata
+
+
+def _register_heif(name: str | os.PathLike):
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError(f"{name} is HEIC, which needs `pip install diffusers-moebius[heic]`.") from None
+    register_heif_opener()
 
 
 def _without_palette(image: Image.Image) -> Image.Image:
@@ -130,7 +169,9 @@ def _metadata(image: Image.Image) -> ImageMetadata:
     return ImageMetadata("JPEG" if image.format == "MPO" else image.format, tags, encoding)
 
 
-def check_output(path: str | os.PathLike, mode: str, metadata: ImageMetadata | None = None, overwrite: bool = False):
+def check_output(
+    path: str | os.PathLike, mode: str, metadata: ImageMetadata | None = None, overwrite: bool = False
+) -> str | None:
     """
     Checks, before any work is done, that [`write_image`] can write such a picture to such a path.
 
@@ -140,9 +181,12 @@ def check_output(path: str | os.PathLike, mode: str, metadata: ImageMetadata | N
         metadata (`ImageMetadata`, *optional*): The metadata to be written.
         overwrite (`bool`, defaults to `False`): Whether an existing file may be replaced.
 
+    Returns:
+        `str`, *optional*: What the format cannot hold of such a picture, in words.
+
     Raises:
-        ValueError: If the suffix names no format that Pillow writes, the format cannot hold such pixels or metadata,
-            the folder does not exist, or the file exists and `overwrite` is not set.
+        ValueError: If the suffix names no format that Pillow writes, the format cannot hold such pixels or metadata
+            in any way, the folder does not exist, or the file exists and `overwrite` is not set.
     """
     path = Path(path)
     if path.is_dir():
@@ -151,11 +195,7 @@ def check_output(path: str | os.PathLike, mode: str, metadata: ImageMetadata | N
         raise ValueError(f"The folder {path.parent} of the output {path} does not exist.")
     if path.exists() and not overwrite:
         raise ValueError(f"The output {path} exists already, and overwriting it was not asked for.")
-    try:
-        # One pixel tells the same as the whole picture, so that no table of formats and modes is needed here.
-        _save(Image.new(mode, (1, 1)), io.BytesIO(), _format_of(path), metadata or ImageMetadata())
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"The output {path} cannot hold this picture of mode {mode}: {error}") from error
+    return _check_format(path, mode, metadata or ImageMetadata())
 
 
 def write_image(
@@ -165,7 +205,8 @@ def write_image(
     Writes a picture file that is complete or absent, whatever interrupts the writing.
 
     A JPEG that comes from a JPEG keeps its quantisation tables and chroma subsampling; other JPEGs are written at
-    quality 95 without subsampling. WebP and TIFF are written without loss.
+    quality 95 without subsampling. WebP and TIFF are written without loss. A format that cannot hold the picture's
+    mode gets what comes nearest: transparency laid on white, RGB of CMYK, 8 of 16 bits.
 
     Args:
         image (`PIL.Image.Image`): The picture.
@@ -177,25 +218,113 @@ def write_image(
     Raises:
         ValueError: As in [`check_output`].
     """
-    metadata = metadata or ImageMetadata()
     check_output(path, image.mode, metadata, overwrite)
-    target = Path(os.path.realpath(path))  # A link stays a link; the file that it names is replaced.
+    with replace_file(path) as file:
+        file.write(encode_image(image, path, metadata))
+
+
+def encode_image(image: Image.Image, name: str | os.PathLike, metadata: ImageMetadata | None = None) -> bytes:
+    """
+    What [`write_image`] would write.
+
+    Args:
+        image (`PIL.Image.Image`): The picture.
+        name (`str` or `os.PathLike`): A file name; its suffix decides the format.
+        metadata (`ImageMetadata`, *optional*): As in [`write_image`].
+
+    Returns:
+        `bytes`: The contents of a picture file.
+    """
+    name, metadata, file = Path(name), metadata or ImageMetadata(), io.BytesIO()
+    if _check_format(name, image.mode, metadata):
+        image = _reduce(image)
+    _save(image, file, _format_of(name), metadata)
+    return file.getvalue()
+
+
+@contextmanager
+def replace_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """
+    Opens a file that takes the place of another when the block ends, and vanishes when an error ends it.
+
+    Args:
+        path (`str` or `os.PathLike`): The file to be replaced, or made. A link stays; what it names is replaced.
+    """
+    target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("xb") as file:
-            _save(image, file, _format_of(target), metadata)
+            yield file
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: str | os.PathLike):
+    """
+    Removes what [`replace_file`] could not, in and below a folder, because its process was killed.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+    """
+    for path in Path(folder).rglob(".*.tmp"):
+        process = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if process and not _is_running(int(process[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # Windows has no signal that does nothing.
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _format_of(path: Path) -> str:
+    if path.suffix.lower() in _HEIF_SUFFIXES:
+        _register_heif(path)
     image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format not in Image.SAVE:
         raise ValueError(
             f"its suffix {path.suffix!r} names no format that can be written, such as .png, .jpg, .webp or .tif."
         )
     return image_format
+
+
+def _check_format(path: Path, mode: str, metadata: ImageMetadata) -> str | None:
+    """Raises a ValueError if no picture can be written, else says what is lost."""
+    reduced, loss = _REDUCTIONS.get(mode, (mode, None))
+    try:
+        image_format = _format_of(path)
+        # One pixel tells the same as the whole picture, so that no table of formats and modes is needed here.
+        try:
+            if mode in _MISTAKEN.get(image_format, ()):
+                raise OSError
+            _save(Image.new(mode, (1, 1)), io.BytesIO(), image_format, metadata)
+        except OSError:
+            if reduced == mode:
+                raise
+            _save(Image.new(reduced, (1, 1)), io.BytesIO(), image_format, metadata)
+            return f"{image_format} cannot hold all of {path.name}: {loss}"
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"The output {path} cannot hold this picture of mode {mode}: {error}") from error
+    return None
+
+
+def _reduce(image: Image.Image) -> Image.Image:
+    mode, _ = _REDUCTIONS[image.mode]
+    if image.mode in ("LA", "RGBA"):
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert(mode)
+    if image.mode == "CMYK":
+        return image.convert(mode)
+    peak = 1 if image.mode == "F" else 65535
+    return Image.fromarray(np.rint(np.asarray(image, np.float64) * (255 / peak)).astype(np.uint8))
 
 
 def _save(image: Image.Image, file: io.IOBase, image_format: str, metadata: ImageMetadata):

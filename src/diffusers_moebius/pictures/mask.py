@@ -1,5 +1,7 @@
 """Masks: boolean arrays `[H, W]` in which `True` means fill."""
 
+import warnings
+
 import numpy as np
 import torch
 from diffusers.image_processor import PipelineImageInput
@@ -7,17 +9,24 @@ from PIL import Image
 
 from .picture import LUMA, Picture, read_picture, split_batch
 
+MASK_SOURCES = ("auto", "alpha", "transparent", "luminance")
+# Shares of a photo from which on a mask is remarked upon: pixels of middle grey, and pixels to be filled.
+GREY_SHARE = 0.05
+LARGE_SHARE = 0.6
 
-def load_masks(mask_image: PipelineImageInput, pictures: list[Picture]) -> list[np.ndarray]:
+
+def load_masks(
+    mask_image: PipelineImageInput, pictures: list[Picture], threshold: float = 0.5, source: str = "auto"
+) -> list[np.ndarray]:
     """
-    Reads the masks of a call and checks them against the photos.
+    Reads the masks of a call, brings them to the size of their photos and warns of what may not be meant.
 
     Args:
         mask_image: One mask for all photos or as many masks as photos, in the forms of [`load_pictures`] or boolean;
-            a three-dimensional torch tensor is a batch `[B, H, W]`. A mask with an alpha channel that is not opaque
-            everywhere is that alpha channel (opaque = fill, whatever its colour); any other is its brightness (white
-            = fill). It must not hold more than two values; the threshold is half of white.
+            a three-dimensional torch tensor is a batch `[B, H, W]`.
         pictures (`list[Picture]`): The photos.
+        threshold (`float`, defaults to 0.5): As in [`read_mask`].
+        source (`str`, defaults to `"auto"`): As in [`read_mask`].
 
     Returns:
         `list[np.ndarray]`: One boolean array `[H, W]` a photo.
@@ -28,49 +37,116 @@ def load_masks(mask_image: PipelineImageInput, pictures: list[Picture]) -> list[
             f"`mask_image` holds {len(elements)} masks for {len(pictures)} pictures; allowed are one for all or one "
             "each."
         )
-    masks = [_read_mask(element) for element in elements]
+    masks = []
+    for element in elements:
+        mask, remarks = read_mask(element, threshold, source)
+        for remark in remarks:
+            warnings.warn(f"`mask_image`: {remark}.", stacklevel=3)
+        masks.append(mask)
     masks = masks * len(pictures) if len(masks) == 1 else masks
-    for mask, picture in zip(masks, pictures):
-        if mask.shape != (picture.height, picture.width):
-            raise ValueError(
-                f"`mask_image` is {mask.shape[1]}×{mask.shape[0]} px, but its `image` is "
-                f"{picture.width}×{picture.height} px; both must have the same size."
-            )
-    return masks
+    return [fit_mask(mask, picture.height, picture.width) for mask, picture in zip(masks, pictures)]
 
 
-def mask_values(value: Image.Image | np.ndarray | torch.Tensor) -> np.ndarray:
+def read_mask(
+    value: Image.Image | np.ndarray | torch.Tensor, threshold: float = 0.5, source: str = "auto", invert: bool = False
+) -> tuple[np.ndarray, list[str]]:
     """
-    What a mask in one of the forms of [`load_masks`] says of each pixel, before it is taken as black or white.
+    Reads one mask, and says what about it may not be meant.
 
     Args:
-        value (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): One mask.
+        value (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): One mask. Whole numbers of which none is above 1 are
+            taken as 0 and 1, all others as a share of the largest number of their type.
+        threshold (`float`, defaults to 0.5): Share of white, or of opaque, from which on a pixel is filled.
+        source (`str`, defaults to `"auto"`): What says which pixels are filled. `"luminance"`: brightness, white is
+            filled. `"alpha"`: the alpha channel, opaque is filled, whatever its colour. `"transparent"`: the alpha
+            channel, transparent is filled. `"auto"`: alpha where it is not opaque everywhere, else luminance.
+        invert (`bool`, defaults to `False`): Fills what the mask would keep, and keeps what it would fill.
 
     Returns:
-        `np.ndarray` of shape `[H, W]`: Its alpha if that is not opaque everywhere, else its brightness; floats from 0
-        (keep) to 1 (fill).
+        `tuple[np.ndarray, list[str]]`: A boolean array `[H, W]`, and remarks to be shown to whoever made the mask.
+
+    Raises:
+        ValueError: If the mask cannot be read, or `source` asks for an alpha channel that it does not have.
     """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"`mask_threshold` must be above 0 and at most 1, but is {threshold}.")
+    values = mask_values(value, source)
+    remarks = []
+    grey = np.mean((values > 0.25) & (values < 0.75))
+    if grey > GREY_SHARE:
+        remarks.append(
+            f"{grey:.0%} of its pixels are neither dark nor bright; those from {threshold:g} of white on are filled"
+        )
+    mask = (values >= threshold) != invert
+    share, border = mask.mean(), np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    if share > LARGE_SHARE:
+        remarks.append(f"{share:.0%} of the photo is filled; if the rest is meant, invert the mask")
+    elif border.all():
+        remarks.append("the whole border of the photo is filled; if the rest is meant, invert the mask")
+    return mask, remarks
+
+
+def fit_mask(mask: np.ndarray, height: int, width: int, stretch: bool = False) -> np.ndarray:
+    """
+    Brings a mask to the size of its photo, such that no stroke gets lost.
+
+    Args:
+        mask (`np.ndarray` of shape `[H, W]`): Boolean mask.
+        height (`int`): Height of the photo in pixels.
+        width (`int`): Width of the photo in pixels.
+        stretch (`bool`, defaults to `False`): Also where the aspect ratios differ.
+
+    Returns:
+        `np.ndarray` of shape `[height, width]`.
+
+    Raises:
+        ValueError: If the aspect ratios differ by more than a pixel and `stretch` is not set.
+    """
+    if mask.shape == (height, width):
+        return mask
+    scale = mask.shape[1] / width
+    if not stretch and abs(mask.shape[0] - height * scale) >= max(1, scale):
+        hint = "the same aspect ratio"
+        if mask.shape == (width, height):
+            hint += ". One of them lies on its side: an EXIF orientation turns it upright where viewers show it"
+        raise ValueError(
+            f"`mask_image` is {mask.shape[1]}×{mask.shape[0]} px, but its `image` is {width}×{height} px; both must "
+            f"have the same size, or at least {hint}."
+        )
+    shares = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+    return np.asarray(shares) > 0
+
+
+def mask_values(value: Image.Image | np.ndarray | torch.Tensor, source: str = "auto") -> np.ndarray:
+    """
+    What a mask says of each pixel, before it is taken as black or white.
+
+    Args:
+        value (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): One mask, as in [`read_mask`].
+        source (`str`, defaults to `"auto"`): As in [`read_mask`].
+
+    Returns:
+        `np.ndarray` of shape `[H, W]`, floats from 0 (keep) to 1 (fill).
+    """
+    if source not in MASK_SOURCES:
+        raise ValueError(f"`mask_source` must be one of {', '.join(map(repr, MASK_SOURCES))}, but is {source!r}.")
     if isinstance(value, torch.Tensor) and value.dtype == torch.bool:
         value = value.cpu().numpy()
     if isinstance(value, np.ndarray) and value.dtype == bool:
-        value = value.astype(np.uint8) * 255
+        value = value.astype(np.uint8)
     picture = read_picture(value, "mask_image")
-    if picture.alpha is not None and (picture.alpha < picture.peak).any():
-        return picture.alpha[..., 0] / np.float32(picture.peak)
+    if source == "auto":
+        source = "luminance" if picture.alpha is None or (picture.alpha == picture.peak).all() else "alpha"
+    if source != "luminance":
+        if picture.alpha is None:
+            raise ValueError(f"`mask_source` is {source!r}, but `mask_image` has no alpha channel.")
+        alpha = picture.alpha[..., 0] / np.float32(picture.peak)
+        return 1 - alpha if source == "transparent" else alpha
     if picture.color == "L":
-        return picture.samples[..., 0] / np.float32(picture.peak)
+        # Label maps and boolean masks that were cast have 1 for what others write as 255.
+        peak = 1 if picture.samples.max() <= 1 else picture.peak
+        return picture.samples[..., 0] / np.float32(peak)
     return picture.rgb() @ np.asarray(LUMA, np.float32)
-
-
-def _read_mask(value: Image.Image | np.ndarray | torch.Tensor) -> np.ndarray:
-    values = mask_values(value)
-    low, high = values.min(), values.max()
-    if not ((values == low) | (values == high)).all():
-        raise ValueError(
-            f"`mask_image` holds more than two values, from {low:.4g} to {high:.4g} of white; allowed are black and "
-            'white. Binarise it first, e.g. `mask.convert("L").point(lambda v: 255 * (v >= 128))`.'
-        )
-    return values >= 0.5
 
 
 def dilate_mask(mask: np.ndarray, pixels: int) -> np.ndarray:

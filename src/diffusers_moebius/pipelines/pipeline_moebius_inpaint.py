@@ -621,6 +621,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         eta: float = 0.0,
         noise_offset: float = 0.0357,
         mask_dilation: int = 0,
+        mask_threshold: float = 0.5,
+        mask_source: str = "auto",
         color_compensation: bool = False,
         paste: str | None = "auto",
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -644,9 +646,10 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 may mix sizes. Both sides have at least 16 px, and one is at most 16 times the other. EXIF orientation
                 is not applied: a picture is taken as its pixels lie.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                White is filled. One mask for all photos or one each, of the photo's size, in two values (at most);
-                also boolean. A mask with an alpha channel that is not opaque everywhere is that alpha channel: opaque
-                is filled, whatever its colour. A three-dimensional torch tensor is a batch `[B, H, W]`.
+                White is filled, from `mask_threshold` on. One mask for all photos or one each, of the photo's size or
+                at least its aspect ratio; also boolean, or of whole numbers 0 and 1. A mask with an alpha channel that
+                is not opaque everywhere is that alpha channel (see `mask_source`). A three-dimensional torch tensor is
+                a batch `[B, H, W]`. A mask that fills most of the photo, or all of its border, gets a warning.
             masked_image_latents (`torch.Tensor` or `list[torch.Tensor]`, *optional*):
                 Scaled latents of the masked photos, `[B * num_images_per_prompt, 4, h, w]`, or a list of `[4, h, w]`
                 where sizes differ. Computed from `image` by default.
@@ -694,6 +697,12 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             mask_dilation (`int`, defaults to 0):
                 Pixels by which the mask grows in every direction before anything else. What lies outside the grown
                 mask counts as outside.
+            mask_threshold (`float`, defaults to 0.5):
+                Share of white, or of opaque, from which on a pixel of the mask is filled.
+            mask_source (`str`, defaults to `"auto"`):
+                What of the mask says which pixels are filled. `"luminance"`: white ones. `"alpha"`: opaque ones,
+                whatever their colour. `"transparent"`: transparent ones. `"auto"`: alpha where it is not opaque
+                everywhere, else luminance.
             color_compensation (`bool`, defaults to `False`):
                 Shifts the colours of the result by 1.1 times the mean difference to the photo around the hole.
             paste (`str`, *optional*, defaults to `"auto"`):
@@ -764,7 +773,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             callback_on_step_end_tensor_inputs,
         )
         pictures = load_pictures(image)
-        masks = [dilate_mask(mask, mask_dilation) for mask in load_masks(mask_image, pictures)]
+        masks = load_masks(mask_image, pictures, mask_threshold, mask_source)
+        masks = [dilate_mask(mask, mask_dilation) for mask in masks]
         generator = self.prepare_generator(generator, len(pictures), num_images_per_prompt)
         regions = [
             self.prepare_region(picture, mask, padding_mask_crop, height, width)
