@@ -17,7 +17,16 @@ CORE = [
 EXTRAS = {
     "examples": ["scikit-image>=0.24"],
     "lora": ["peft>=0.17"],
-    "train": ["datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.16", "peft>=0.17", "transformers>=4.56"],
+    "train": [
+        "braceexpand>=0.1.7",
+        "datasets>=3.0",
+        "fsspec[http]>=2024.2",
+        "torchdata>=0.11",
+        "matplotlib>=3.8",
+        "tensorboard>=2.16",
+        "peft>=0.17",
+        "transformers>=4.56",
+    ],
     "perceptual": ["elatentlpips>=0.2"],
     "demo": ["gradio>=6.0", "scikit-image>=0.24", "transformers>=4.56"],
     "eval": ["opencv-python-headless>=4.10", "scikit-image>=0.24"],

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils.torch_utils import randn_tensor
 
-from .latents import hole_at_latent_size, mask_to_latent_size
+from .latent_cache import hole_at_latent_size, mask_to_latent_size
 
 
 def sample_generators(seed: int, first_sample: int, count: int) -> list[torch.Generator]:
