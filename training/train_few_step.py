@@ -127,7 +127,7 @@ def validate(validation: Validation, teacher: MoebiusInpaintPipeline, pipeline, 
             known[f"teacher, UniPC {steps}"] = validation.fill(plain, num_inference_steps=None, guidance_scale=None)
     rows = dict(known)
     for steps in VALIDATED_STEPS:
-        options = {"num_inference_steps": steps, "guidance_scale": 1.0, "strength": 1.0}
+        options = {"num_inference_steps": steps, "guidance_scale": 1.0}
         rows[f"student, {steps}"] = validation.fill(pipeline, **options)
     scores = {}
     for name, pictures in rows.items():

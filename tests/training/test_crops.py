@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffusers_moebius.training.crops import (
+    Cropper,
     PictureDataset,
     box_with_mask,
     crop_mask,
@@ -19,7 +20,7 @@ PRESETS = ["medium_512", "thick_256"]
 def one_picture(folder, picture, **options):
     folder.mkdir()
     picture.save(folder / "picture.png")
-    return PictureDataset(PictureReader([folder]), 16, PRESETS, **options)
+    return PictureDataset(PictureReader([folder]), Cropper(16, PRESETS, **options))
 
 
 def test_crop_is_square_and_inside_the_picture(tmp_path):
@@ -47,8 +48,8 @@ def test_crops_are_of_the_size_that_is_asked_for(tmp_path):
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(photo_dir):
-    dataset = PictureDataset(PictureReader([photo_dir]), 32, PRESETS, seed=5)
-    again = PictureDataset(PictureReader([photo_dir]), 32, PRESETS, seed=5)
+    dataset = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS, seed=5))
+    again = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS, seed=5))
     first, same = dataset[2], again[2]
     assert torch.equal(first["pixel_values"], same["pixel_values"]) and torch.equal(first["mask"], same["mask"])
     next_epoch = dataset[2 + len(dataset)]
@@ -59,7 +60,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(photo_dir):
 
 
 def test_another_picture_takes_the_place_of_an_unreadable_one(photo_dir):
-    data = PictureDataset(PictureReader([photo_dir]), 16, PRESETS)
+    data = PictureDataset(PictureReader([photo_dir]), Cropper(16, PRESETS))
     broken = next(i for i, record in enumerate(data.reader.records) if record.name.endswith("03-broken.jpg"))
     samples = [data[broken + epoch * len(data)] for epoch in range(12)]
     assert all(sample["skipped"][0].endswith("03-broken.jpg") for sample in samples)

@@ -8,7 +8,7 @@ from PIL import Image
 from runs import open_data
 
 from diffusers_moebius.pipelines.latents import encode_latents
-from diffusers_moebius.training.crops import PictureDataset
+from diffusers_moebius.training.crops import Cropper, PictureDataset
 from diffusers_moebius.training.data import TrainingBatches
 from diffusers_moebius.training.latent_cache import (
     LatentCacheDataset,
@@ -28,7 +28,7 @@ def small_units(monkeypatch):
 
 def test_cache_round_trip(photo_dir, tmp_path, tiny_vae):
     tiny_vae.encode = lambda pixels: type("Output", (), {"latents": pixels[:, :, ::8, ::8] * 2})  # exact in float16
-    dataset = PictureDataset(PictureReader([photo_dir]), 32, PRESETS, seed=3)
+    dataset = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS, seed=3))
     build_latent_cache(tiny_vae, dataset, tmp_path / "cache", 2, crops_per_picture=2)
     cache = LatentCacheDataset(tmp_path / "cache")
     assert len(cache) == 2 * 12 * 2  # crops, readable pictures, masks
@@ -37,7 +37,8 @@ def test_cache_round_trip(photo_dir, tmp_path, tiny_vae):
 
     readable = [index for index in range(2 * 13) if dataset.reader.read(index % 13) is not None]
     for position, index in enumerate(readable):
-        pixels, masks, _ = dataset.crop(index, 2)
+        crop = dataset.crop(index, 2)
+        pixels, masks = crop.pixels, crop.masks
         for number in range(2):
             sample = cache[2 * position + number]
             mask = masks[number]
@@ -48,14 +49,16 @@ def test_cache_round_trip(photo_dir, tmp_path, tiny_vae):
 
 
 def test_other_settings_and_pictures_are_refused(photo_dir, tmp_path, tiny_vae):
-    dataset = PictureDataset(PictureReader([photo_dir]), 32, PRESETS)
+    dataset = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS))
     build_latent_cache(tiny_vae, dataset, tmp_path / "cache", 1)
     assert json.loads((tmp_path / "cache/cache.json").read_text())["resolution"] == 32
     with pytest.raises(ValueError, match="`cache_dir`"):
         build_latent_cache(tiny_vae, dataset, tmp_path / "cache", 2)
     (photo_dir / "00.png").unlink()
     with pytest.raises(ValueError, match="12 pictures"):
-        build_latent_cache(tiny_vae, PictureDataset(PictureReader([photo_dir]), 32, PRESETS), tmp_path / "cache", 1)
+        build_latent_cache(
+            tiny_vae, PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS)), tmp_path / "cache", 1
+        )
     with pytest.raises(ValueError, match=r"`cache_dir`.*holds none"):
         LatentCacheDataset(tmp_path / "elsewhere")
 
@@ -63,7 +66,7 @@ def test_other_settings_and_pictures_are_refused(photo_dir, tmp_path, tiny_vae):
 def test_cache_of_unreadable_pictures_alone_is_refused(tmp_path, tiny_vae):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/broken.jpg").write_text("no picture")
-    data = PictureDataset(PictureReader([tmp_path / "photos"]), 32, PRESETS)
+    data = PictureDataset(PictureReader([tmp_path / "photos"]), Cropper(32, PRESETS))
     build_latent_cache(tiny_vae, data, tmp_path / "cache", 1)
     with pytest.raises(ValueError, match="none of its pictures was readable"):
         LatentCacheDataset(tmp_path / "cache")

@@ -118,11 +118,11 @@ def test_lines_decide_masks_and_categories(metadata):
     assert sorted(batch["category"].tolist()) == [-1, -1, 0, 1] and batch["category"].dtype == torch.int64
     foreground, background, masked, plain = range(4)
     for index in (foreground, masked):
-        _, masks, _ = data.crop(index, 3)
+        masks = data.crop(index, 3).masks
         assert torch.equal(masks[0], masks[1])  # its own, however many are asked for
         rows, columns = masks[0, 0].numpy().nonzero()  # and still a box
         assert masks[0].sum() == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
-    _, masks, _ = data.crop(plain, 3)
+    masks = data.crop(plain, 3).masks
     assert not torch.equal(masks[0], masks[1])
     assert data[background]["category"] == 0
 

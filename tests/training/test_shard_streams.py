@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from runs import open_data, take
 
+from diffusers_moebius.training.crops import Crop, Cropper
 from diffusers_moebius.training.data import TrainingBatches
 from diffusers_moebius.training.shard_streams import ShardError, StreamedPictureDataset, read_shard
 
@@ -155,15 +156,8 @@ def test_private_repository_is_read_with_the_token_of_the_hub(shards, monkeypatc
 
 
 def stream(paths, seed=0, shuffle_buffer_size=4, process_index=0, num_processes=1):
-    return StreamedPictureDataset(
-        list(map(str, paths)),
-        16,
-        ["thick_256"],
-        seed,
-        shuffle_buffer_size,
-        process_index=process_index,
-        num_processes=num_processes,
-    )
+    cropper = Cropper(16, ["thick_256"], seed)
+    return StreamedPictureDataset(list(map(str, paths)), cropper, shuffle_buffer_size, process_index, num_processes)
 
 
 def first_records(dataset, monkeypatch, count):
@@ -172,7 +166,7 @@ def first_records(dataset, monkeypatch, count):
 
     def crop(record, epoch, num_masks):
         found.append((epoch, record.name))
-        return torch.zeros(3, 16, 16), torch.ones(1, 1, 16, 16), 0
+        return Crop(torch.zeros(3, 16, 16), torch.ones(1, 1, 16, 16), 0)
 
     monkeypatch.setattr(dataset, "crop_record", crop)
     take(dataset, count)

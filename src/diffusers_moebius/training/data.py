@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from .crops import CROP_SCALE, PictureDataset
+from .crops import CROP_SCALE, Cropper, PictureDataset
 from .latent_cache import LatentCacheDataset, build_latent_cache
 from .picture_sources import PictureReader, expand_shards, is_url, load_hub_table
 from .shard_streams import StreamedPictureDataset
@@ -19,50 +19,26 @@ from .shard_streams import StreamedPictureDataset
 logger = logging.getLogger(__name__)
 
 
-class ResumableBatchSampler(torch.utils.data.Sampler):
+def index_batches(
+    num_samples: int, batch_size: int, seed: int, first_batch: int = 0, process_index: int = 0, num_processes: int = 1
+) -> Iterator[list[int]]:
     """
-    Shuffled batches of indices without end.
+    Shuffled batches of indices without end, dealt out to the processes in turn.
 
-    Batch `i` depends on `seed` and `i` alone, so that a resumed run goes on exactly where it stopped.
-    Indices grow by `num_samples` with every epoch, which tells the data set which epoch it is.
-
-    Args:
-        num_samples (`int`): Samples of an epoch; the remainder that fills no batch is left out.
-        batch_size (`int`): Samples in a batch of one process.
-        seed (`int`): Seed of the order.
-        first_batch (`int`, defaults to 0): Number of batches of this process to leave out at the start.
-        process_index (`int`, defaults to 0): Rank of this process; batches are dealt out in turn.
-        num_processes (`int`, defaults to 1): Number of processes.
+    Batch `i` depends on `seed` and `i` alone, so that a resumed run goes on exactly where it stopped. Indices grow by
+    `num_samples` with every epoch, which tells the data set which epoch it is; the remainder of an epoch that fills no
+    batch is left out.
     """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        first_batch: int = 0,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ):
-        if batch_size > num_samples:
-            raise ValueError(
-                f"`--train_batch_size` must be at most the number of samples, {num_samples}, but is {batch_size}."
-            )
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.first_batch, self.process_index, self.num_processes = first_batch, process_index, num_processes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.num_samples // self.batch_size
-        batch = self.first_batch * self.num_processes + self.process_index
-        order_epoch = order = None
-        while True:
-            epoch, position = divmod(batch, per_epoch)
-            if epoch != order_epoch:
-                generator = torch.Generator().manual_seed(self.seed + epoch)
-                order, order_epoch = torch.randperm(self.num_samples, generator=generator), epoch
-            indices = order[position * self.batch_size : (position + 1) * self.batch_size]
-            yield (indices + epoch * self.num_samples).tolist()
-            batch += self.num_processes
+    per_epoch = num_samples // batch_size
+    batch = first_batch * num_processes + process_index
+    order_epoch = order = None
+    while True:
+        epoch, position = divmod(batch, per_epoch)
+        if epoch != order_epoch:
+            order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + epoch))
+            order_epoch = epoch
+        yield (order[position * batch_size : (position + 1) * batch_size] + epoch * num_samples).tolist()
+        batch += num_processes
 
 
 def _collate(samples: list[dict]) -> dict:
@@ -114,8 +90,12 @@ class TrainingBatches:
             "generator": torch.Generator(),  # the loader draws a seed: leave the run's own generator alone
         }
         if not isinstance(dataset, IterableDataset):
-            sampler = ResumableBatchSampler(len(dataset), batch_size, seed, first_batch, process_index, num_processes)
-            self.loader = DataLoader(dataset, batch_sampler=sampler, **options)
+            if batch_size > len(dataset):
+                raise ValueError(
+                    f"`--train_batch_size` must be at most the number of samples, {len(dataset)}, but is {batch_size}."
+                )
+            batches = index_batches(len(dataset), batch_size, seed, first_batch, process_index, num_processes)
+            self.loader = DataLoader(dataset, batch_sampler=batches, **options)
             return
         from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -172,7 +152,7 @@ def open_pictures(
         raise ValueError(
             "One of `train_data_dir`, `train_shards_path_or_url`, `train_metadata` and `dataset_name` must be given."
         )
-    options = {"random_flip": args.random_flip, "crop_scale": crop_scale}
+    cropper = Cropper(args.resolution, tuple(args.mask_presets), args.seed, args.random_flip, crop_scale)
     if any(is_url(shard) for shard in shards) or (shards and args.stream_shards):
         if others or args.max_train_samples:
             raise ValueError(
@@ -180,16 +160,7 @@ def open_pictures(
                 " `dataset_name` or `max_train_samples`."
             )
         shards = [path for shard in shards for path in expand_shards(shard)]
-        return StreamedPictureDataset(
-            shards,
-            args.resolution,
-            args.mask_presets,
-            args.seed,
-            args.shuffle_buffer_size,
-            process_index=process_index,
-            num_processes=num_processes,
-            **options,
-        )
+        return StreamedPictureDataset(shards, cropper, args.shuffle_buffer_size, process_index, num_processes)
     for folder in folders:
         if not Path(folder).is_dir():
             raise ValueError(f"`train_data_dir` must be folders, but {str(folder)!r} is none.")
@@ -197,7 +168,7 @@ def open_pictures(
     if args.dataset_name:
         table = load_hub_table(args.dataset_name, args.dataset_config_name, args.dataset_split, args.image_column)
     reader = PictureReader([*folders, *shards], metadata, table, args.image_column, args.max_train_samples)
-    return PictureDataset(reader, args.resolution, args.mask_presets, args.seed, **options)
+    return PictureDataset(reader, cropper)
 
 
 def build_dataset(args: argparse.Namespace, vae: nn.Module, accelerator: Accelerator):

@@ -49,15 +49,14 @@ def _encode_unit(vae, unit, seed_name: str) -> dict[str, torch.Tensor]:
     for position, read in enumerate(unit):
         if (crop := read()) is None:
             continue
-        pixels, masks, category = crop
-        on_device, holes = pixels.to(vae.device), masks.to(vae.device)
+        pixels, masks = crop.pixels.to(vae.device), crop.masks.to(vae.device)
         # A cache that was interrupted is the same as one that was not, where a posterior is sampled too.
         generator = torch.Generator().manual_seed(number_of_name(f"{seed_name}/{position}"))
-        encoded = encode_latents(vae, torch.cat([on_device[None], on_device * (1 - holes)]), generator)
+        encoded = encode_latents(vae, torch.cat([pixels[None], pixels * (1 - masks)]), generator)
         shard["latents"].append(encoded[0].half().cpu())
         shard["masked_latents"].append(encoded[1:].half().cpu())
-        shard["masks"].append(torch.from_numpy(np.packbits(masks[:, 0].numpy().astype(bool), axis=-1)))
-        shard["categories"].append(torch.tensor(category))
+        shard["masks"].append(torch.from_numpy(np.packbits(crop.masks[:, 0].numpy().astype(bool), axis=-1)))
+        shard["categories"].append(torch.tensor(crop.category))
     return {name: torch.stack(values).contiguous() for name, values in shard.items() if values}
 
 
@@ -97,9 +96,9 @@ def build_latent_cache(
     jobs = [(epoch, unit) for epoch in range(crops_per_picture) for unit in range(dataset.num_cache_units)]
     settings = {
         "format": CACHE_FORMAT,
-        "resolution": dataset.resolution,
-        "seed": dataset.seed,
-        "mask_presets": list(dataset.mask_presets),
+        "resolution": dataset.cropper.resolution,
+        "seed": dataset.cropper.seed,
+        "mask_presets": list(dataset.cropper.mask_presets),
         "masks_per_picture": masks_per_picture,
         "source": dataset.description,
         "shards": len(jobs),
@@ -115,7 +114,9 @@ def build_latent_cache(
         path = cache_dir / f"latents-{epoch:03d}-{unit:05d}.safetensors"
         if path.exists():
             continue
-        encoded = _encode_unit(vae, dataset.cache_unit(unit, epoch, masks_per_picture), f"{dataset.seed}/{path.stem}")
+        encoded = _encode_unit(
+            vae, dataset.cache_unit(unit, epoch, masks_per_picture), f"{dataset.cropper.seed}/{path.stem}"
+        )
         with replace_file(path) as file:
             file.write(save(encoded))
         logger.info("latent cache: shard %d of %d", number + 1, len(jobs))

@@ -2,13 +2,13 @@
 
 import logging
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import torch
 
-from .crops import CROP_SCALE, Crops, as_sample, number_of_name, raise_unreadable
+from .crops import Crop, Cropper, number_of_name, raise_unreadable
 from .picture_sources import MASK_SUFFIX, UNREADABLE, MaskError, Record, decode_record, is_picture, shard_record
 
 logger = logging.getLogger(__name__)
@@ -61,53 +61,44 @@ def read_shard(shard: str) -> Iterator[Record]:
         raise ShardError(f"{shard}: {type(error).__name__}: {error}") from error
 
 
-class StreamedPictureDataset(Crops, torch.utils.data.IterableDataset):
+class StreamedPictureDataset(torch.utils.data.IterableDataset):
     """
     An endless stream of random crops with random holes from tar shards; samples as in [`PictureDataset`].
 
     The shards of all epochs form one sequence, each epoch in another order; reader `r` of `R` (the workers of all
     processes) reads numbers `r`, `r + R`, `r + 2R` and so on. So each shard is read by exactly one reader in each
-    epoch. Samples are shuffled in blocks of the same shard. Crops and holes depend on `seed`, the epoch and the
+    epoch. Samples are shuffled in blocks of the same shard. Crops and holes depend on the seed, the epoch and the
     sample's name (its shard's URL and its name there) alone.
 
     A loader that keeps state stores `state_dict`, the place of its worker: number of the shard and samples given.
 
     Args:
-        shards (sequence of `str`): Paths, `http(s)://` or `hf://` URLs; see [`expand_shards`].
-        resolution (`int`): Side of a crop in pixels, a multiple of 8.
-        mask_presets (sequence of `str`): Names of the mask presets to draw from, in equal shares.
-        seed (`int`, defaults to 0): Seed of order, crops and holes.
+        shards (`list[str]`): Paths, `http(s)://` or `hf://` URLs; see [`expand_shards`].
+        cropper ([`Cropper`]): Cuts the pictures; its seed is that of the order too.
         shuffle_buffer_size (`int`, defaults to 1000): Samples, as files, that each reader holds and shuffles; 1 leaves
             their order.
-        random_flip (`bool`, defaults to `True`): Mirror half of the crops.
-        crop_scale (`tuple[float, float]`, defaults to `(0.35, 1.0)`): See [`random_box`].
         process_index (`int`, defaults to 0): Rank of this process.
         num_processes (`int`, defaults to 1): Number of processes.
     """
 
     def __init__(
         self,
-        shards: Sequence[str],
-        resolution: int,
-        mask_presets: Sequence[str],
-        seed: int = 0,
+        shards: list[str],
+        cropper: Cropper,
         shuffle_buffer_size: int = 1000,
-        random_flip: bool = True,
-        crop_scale: tuple[float, float] = CROP_SCALE,
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        super().__init__(resolution, mask_presets, seed, random_flip, crop_scale)
         if shuffle_buffer_size < 1:
             raise ValueError(f"`shuffle_buffer_size` must be at least 1, but is {shuffle_buffer_size}.")
-        self.shards, self.shuffle_buffer_size = list(shards), shuffle_buffer_size
+        self.shards, self.cropper, self.shuffle_buffer_size = shards, cropper, shuffle_buffer_size
         self.process_index, self.num_processes = process_index, num_processes
         self.turn: int | None = None  # number of the shard in the sequence over all epochs
         self.given = 0  # samples of that shard that have been given out, readable or not
 
     @property
     def description(self) -> str:
-        """How much there is, for model cards and caches."""
+        """How much there is, for caches."""
         return f"{len(self.shards):,} streamed shards"
 
     def state_dict(self) -> dict:
@@ -116,8 +107,8 @@ class StreamedPictureDataset(Crops, torch.utils.data.IterableDataset):
     def load_state_dict(self, state: dict) -> None:
         self.turn, self.given = state["turn"], state["given"]
 
-    def crop_record(self, record: Record, epoch: int, num_masks: int) -> tuple | None:
-        """A crop `[3, H, W]`, `num_masks` masks `[M, 1, H, W]` and the category; `None` if it is unreadable."""
+    def crop_record(self, record: Record, epoch: int, num_masks: int) -> Crop | None:
+        """A crop with so many masks; `None` if it is unreadable."""
         try:
             picture = decode_record(record)
         except UNREADABLE as error:
@@ -125,8 +116,7 @@ class StreamedPictureDataset(Crops, torch.utils.data.IterableDataset):
             return None
         except MaskError as error:
             raise ValueError(str(error)) from None
-        generator = np.random.default_rng((self.seed, epoch, number_of_name(record.name)))
-        return self.crop_picture(picture, generator, num_masks)
+        return self.cropper(picture, (epoch, number_of_name(record.name)), num_masks)
 
     def _blocks(self, shard: str, lost: list[str]) -> Iterator[list[Record]]:
         block: list[Record] = []
@@ -146,21 +136,22 @@ class StreamedPictureDataset(Crops, torch.utils.data.IterableDataset):
         number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         if self.turn is None:
             self.turn = self.process_index + self.num_processes * number
+        seed = self.cropper.seed
         skipped: list[str] = []  # since the last sample
         fruitless = 0  # shards since then
         while fruitless <= len(self.shards):
             epoch, position = divmod(self.turn, len(self.shards))
-            shard = self.shards[np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))[position]]
+            shard = self.shards[np.random.default_rng((seed, epoch)).permutation(len(self.shards))[position]]
             first = 0
             for block in self._blocks(shard, skipped):
-                order = np.random.default_rng((self.seed, self.turn, first)).permutation(len(block))
+                order = np.random.default_rng((seed, self.turn, first)).permutation(len(block))
                 for index in range(max(0, self.given - first), len(block)):
                     self.given = first + index + 1
                     record = block[order[index]]
                     if (crop := self.crop_record(record, epoch, 1)) is None:
                         skipped.append(record.name)
                         continue
-                    yield as_sample(crop, skipped)
+                    yield crop.sample(skipped)
                     skipped, fruitless = [], 0
                 first += len(block)
             self.turn, self.given = self.turn + self.num_processes * count, 0

@@ -98,10 +98,11 @@ def load_teacher(args: argparse.Namespace, device: torch.device) -> MoebiusInpai
     pipeline = MoebiusInpaintPipeline.from_pretrained(
         args.pretrained_teacher_model_name_or_path, args.teacher_checkpoint, dtype=torch.float32
     )
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    for model in (pipeline.unet, pipeline.lcg_embedder):
-        model.to(device, dtype).eval().requires_grad_(False)
-    pipeline.vae.to(device).eval().requires_grad_(False)
+    for model in (pipeline.unet, pipeline.lcg_embedder, pipeline.vae):
+        model.to(device).eval().requires_grad_(False)
+    if args.mixed_precision != "no":
+        for model in (pipeline.unet, pipeline.lcg_embedder):
+            model.to(torch.float16 if args.mixed_precision == "fp16" else torch.bfloat16)
     if args.torch_compile:
         pipeline.unet.compile()
     return pipeline

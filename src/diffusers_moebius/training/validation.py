@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from itertools import islice
 
 import torch
 from diffusers import DDIMScheduler
@@ -9,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw
 
 from ..pipelines.latents import encode_latents
-from .crops import PictureDataset
+from .crops import Cropper, PictureDataset
 from .denoiser import ConditionedDenoiser
 from .objective import noise_batch, sample_generators
 from .perceptual import LPIPS, distance_map
@@ -28,16 +29,15 @@ class Validation:
     """
 
     def __init__(self, args: argparse.Namespace, vae):
-        dataset = PictureDataset(PictureReader(args.validation_data), args.resolution, args.mask_presets, seed=0)
-        pairs = []
-        for index in range(len(dataset)):
-            if len(pairs) < args.num_validation_images and (pair := dataset.crop(index, 1)) is not None:
-                pairs.append(pair)
-        if not pairs:
+        reader = PictureReader(args.validation_data)
+        dataset = PictureDataset(reader, Cropper(args.resolution, args.mask_presets, seed=0))
+        crops = (crop for index in range(len(dataset)) if (crop := dataset.crop(index, 1)) is not None)
+        crops = list(islice(crops, args.num_validation_images))
+        if not crops:
             raise ValueError("`validation_data` holds no readable photo.")
         self.args, self.vae = args, vae
-        self.photos = torch.stack([pixels for pixels, *_ in pairs]) / 2 + 0.5  # [N, 3, H, W] in [0, 1]
-        self.masks = torch.cat([mask for _, mask, _ in pairs])  # [N, 1, H, W]
+        self.photos = torch.stack([crop.pixels for crop in crops]) / 2 + 0.5  # [N, 3, H, W] in [0, 1]
+        self.masks = torch.cat([crop.masks for crop in crops])  # [N, 1, H, W]
 
     @torch.no_grad()
     def loss(self, model: ConditionedDenoiser, scheduler: DDIMScheduler) -> dict[str, float]:
@@ -65,11 +65,16 @@ class Validation:
 
     @torch.no_grad()
     def fill(self, pipeline, **options) -> torch.Tensor:
-        """Fills the holes with the pipeline's defaults, unless options say otherwise; `[N, 3, H, W]` in [0, 1]."""
+        """
+        Fills the holes with the pipeline's own steps and guidance, unless options say otherwise.
+
+        It starts from pure noise: what was in the hole must not help. Returns `[N, 3, H, W]` in [0, 1].
+        """
         pipeline.set_progress_bar_config(disable=True)
         options = {
             "num_inference_steps": self.args.validation_inference_steps,
             "guidance_scale": self.args.validation_guidance_scale,
+            "strength": 1.0,
         } | options
         return pipeline(
             image=self.photos,
