@@ -205,9 +205,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
+    try:
+        lpips = LPIPS.from_pretrained(args.lpips_weights).to(args.device)
+    except (ImportError, ValueError) as error:
+        sys.exit(f"sampling.py: error: `--lpips_weights`: {error} The extra `lpips` brings the package.")
     source = bundled_checkpoint(args.model) if args.model == "nano" else args.model
     pipe = MoebiusInpaintPipeline.from_pretrained(source, dtype=torch.float32).to(args.device).prepare_for_inference()
-    lpips = LPIPS.from_pretrained(args.lpips_weights).to(args.device)
     samples = Samples(args.data, limit=args.limit, resolution=args.resolution)
     print(markdown_tables(args, compare(args, pipe, lpips, samples)))
     print(f"\n{len(samples)} photos, seed {args.seed}.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -164,11 +165,10 @@ def test_options_reach_the_pipeline(moebius, folder, model, monkeypatch):
         "strength": None,
         "masked_content": "original",
         "padding_mask_crop": 64,
-        "mask_dilation": 0,
         "paste": "auto",
         "color_compensation": False,
     }
-    options = "--steps 7 --guidance 1.5 --strength 0.5 --no-crop --mask-dilation 3 --paste none --color-compensation"
+    options = "--steps 7 --guidance 1.5 --strength 0.5 --no-crop --paste none --color-compensation"
     options += " --masked-content fill"
     moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model, "--seed", 5, *options.split())
     assert {key: calls[1][key] for key in defaults} == {
@@ -177,11 +177,10 @@ def test_options_reach_the_pipeline(moebius, folder, model, monkeypatch):
         "strength": 0.5,
         "masked_content": "fill",
         "padding_mask_crop": None,
-        "mask_dilation": 3,
         "paste": None,
         "color_compensation": True,
     }
-    assert calls[1]["generator"].initial_seed() == 5
+    assert [each.initial_seed() for each in calls[1]["generator"]] == [5]
 
 
 @pytest.mark.parametrize(("options", "used"), [([], "UniPCMultistep"), (["--scheduler", "dpm"], "DPMSolverMultistep")])
@@ -283,30 +282,134 @@ def test_output_in_a_folder_has_the_name_of_the_photo(moebius, folder, model):
     assert out == [os.path.join("results", "photo.png")]
 
 
-@pytest.mark.parametrize("grey", ["soft edge", "alpha"])
-def test_grey_masks_need_a_threshold(moebius, folder, model, grey):
-    soft = make_mask()
-    soft.putpixel((HOLE[0] - 1, HOLE[1]), 100)
-    if grey == "alpha":
-        alpha, soft = soft, Image.new("RGBA", SIZE)
-        soft.putalpha(alpha)
-    soft.save("soft.png")
-    arguments = ("inpaint", "photo.png", "soft.png", "-o", "out.png", "--model", model, "--steps", 2)
-    code, out, err = moebius(*arguments)
-    assert (code, out, len(err)) == (2, [], 1)
-    assert "soft.png" in err[0] and "`mask_image`" in err[0] and "--mask-threshold 0.5" in err[0]
-    assert moebius(*arguments, "--mask-threshold", 0.5)[0] == 0
+def changed(before, after):
+    """Where two picture files differ."""
+    return (np.asarray(Image.open(before)) != np.asarray(Image.open(after))).any(axis=-1)
+
+
+@pytest.mark.parametrize("options, kept", [([], 128), (["--mask-threshold", 0.1], 10)])
+def test_grey_masks_are_taken_from_a_threshold_on(moebius, folder, model, options, kept):
+    noise = np.random.default_rng(0).integers(0, 256, SIZE[::-1], dtype=np.uint8)
+    Image.fromarray(noise).save("grey.png")
+    arguments = ("-o", "out.png", "--model", model, "--steps", 2, "--mask-dilation", 0, *options)
+    code, out, err = moebius("inpaint", "photo.png", "grey.png", *arguments)
+    assert (code, out) == (0, ["out.png"])
+    assert err[0].startswith("moebius: warning: grey.png: ") and "neither dark nor bright" in err[0]
+    filled = changed("photo.png", "out.png")
+    assert not filled[noise < kept].any() and filled[noise > kept + 30].mean() > 0.9
+
+
+def test_soft_edges_need_no_word(moebius, folder, model):
+    make_mask().save("mask.jpg", quality=60)
+    arguments = ("-o", "out.png", "--model", model, "--steps", 2, "--mask-dilation", 0)
+    assert moebius("inpaint", "photo.png", "mask.jpg", *arguments) == (0, ["out.png"], [])
     assert np.array_equal(outside(Image.open("out.png")), outside(Image.open("photo.png")))
+
+
+def make_glass():
+    """A photo with a transparent hole, which some interfaces take as a mask."""
+    glass = make_photo("RGB").convert("RGBA")
+    glass.putalpha(Image.eval(make_mask(), lambda value: 255 - value))
+    return glass
+
+
+@pytest.mark.parametrize(
+    "mask, options",
+    [
+        (lambda: Image.eval(make_mask(), lambda value: 255 - value), ["--invert-mask"]),
+        (make_glass, ["--mask-from", "transparent"]),
+        (make_glass, ["--mask-from", "alpha", "--invert-mask"]),
+        (lambda: make_mask().resize((SIZE[0] // 2, SIZE[1] // 2), Image.NEAREST), []),
+        (lambda: make_mask().resize((36, 14), Image.NEAREST), ["--resize-mask"]),
+        (lambda: make_mask().point(lambda value: value // 255), []),
+    ],
+    ids=["inverted", "transparent hole", "transparent hole inverted", "half the size", "stretched", "zeros and ones"],
+)
+def test_masks_as_people_have_them(moebius, folder, model, mask, options):
+    mask().save("other.png")
+    arguments = ("--model", model, "--steps", 2, "--mask-dilation", 0)
+    assert moebius("inpaint", "photo.png", "mask.png", "-o", "plain.png", *arguments)[0] == 0
+    assert moebius("inpaint", "photo.png", "other.png", "-o", "out.png", *arguments, *options) == (0, ["out.png"], [])
+    assert np.array_equal(Image.open("out.png"), Image.open("plain.png"))
+
+
+@pytest.mark.parametrize("mask", [lambda: Image.eval(make_mask(), lambda value: 255 - value), make_glass])
+def test_a_mask_that_fills_nearly_everything_is_remarked_upon(moebius, folder, model, mask):
+    mask().save("other.png")
+    code, _, err = moebius("inpaint", "photo.png", "other.png", "-o", "out.png", "--model", model, "--steps", 2)
+    assert (code, len(err)) == (0, 1)
+    assert err[0].startswith("moebius: warning: other.png: 90% of the photo is filled") and "invert" in err[0]
+
+
+def test_masks_grow_in_proportion_to_the_photo(moebius, folder, model):
+    size, hole = (320, 256), (100, 100, 140, 130)
+    make_photo(size=size).save("large.png")
+    make_mask(size, hole).save("large_mask.png")
+    for options, pixels in (([], 2), (["--mask-dilation", 5], 5), (["--mask-dilation", 0], 0)):
+        arguments = ("-o", "out.png", "--model", model, "--steps", 1, "--strength", 1, "--overwrite", *options)
+        assert moebius("inpaint", "large.png", "large_mask.png", *arguments)[0] == 0
+        rows, columns = np.nonzero(changed("large.png", "out.png"))
+        box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert box == (100 - pixels, 100 - pixels, 140 + pixels, 130 + pixels)
+
+
+@pytest.mark.parametrize("output", ["new/results/", "there", "there/"])
+def test_one_photo_into_a_folder(moebius, folder, model, output):
+    Path("there").mkdir()
+    arguments = ("-o", output, "--model", model, "--steps", 2)
+    assert moebius("inpaint", "photo.png", "mask.png", *arguments)[:2] == (0, [str(Path(output) / "photo.png")])
+    pattern = ("--output-pattern", "{stem}-clean.jpg")
+    assert moebius("inpaint", "photo.png", "mask.png", *arguments, *pattern)[1] == [
+        str(Path(output) / "photo-clean.jpg")
+    ]
+
+
+def test_folders_of_outputs_are_made(moebius, folder, model):
+    code, out, _ = moebius("inpaint", "photo.png", "mask.png", "-o", "a/b/out.png", "--model", model, "--steps", 2)
+    assert (code, out) == (0, ["a/b/out.png"])
+
+
+def test_what_a_format_cannot_hold_is_said(moebius, folder, model):
+    make_photo("RGBA").save("glass.png")
+    code, out, err = moebius("inpaint", "glass.png", "mask.png", "-o", "out.jpg", "--model", model, "--steps", 2)
+    assert (code, out, len(err)) == (0, ["out.jpg"], 1) and "out.jpg" in err[0] and "laid on white" in err[0]
+    assert Image.open("out.jpg").mode == "RGB"
+
+
+def test_photos_of_phones(moebius, folder, model):
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    make_photo().save("photo.heic", quality=90)
+    code, out, err = moebius("inpaint", "photo.heic", "mask.png", "-o", "out.heic", "--model", model, "--steps", 2)
+    assert (code, out, err) == (0, ["out.heic"], [])
+    assert Image.open("out.heic").size == SIZE
+
+
+def test_a_device_that_is_not_there_is_refused_before_torch_is_imported(folder):
+    command = (
+        "import sys; from diffusers_moebius.cli import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules)"
+    )
+    for device, word in (("toaster", "toaster"), ("cuda", "build without CUDA"), ("mps", "Macs")):
+        if (device == "cuda" and torch.version.cuda) or (device == "mps" and sys.platform == "darwin"):
+            continue
+        arguments = ["inpaint", "photo.png", "mask.png", "-o", "out.png", "--device", device]
+        process = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True)
+        assert process.returncode == 2 and word in process.stderr and len(process.stderr.splitlines()) == 1
+        assert "torch" not in process.stdout.split()
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         ("inpaint photo.png mask.png", "--output"),
-        ("inpaint photo.png -o out.png", "MASK"),
         ("inpaint missing.png mask.png -o out.png", "PHOTO missing.png"),
         ("inpaint photo.png missing.png -o out.png", "MASK missing.png"),
-        ("inpaint photo.png mask.png -o missing/out.png", "missing"),
+        ("inpaint photo.png -o out.png", "MASK"),
+        ("inpaint photo.png mask.png -o photo.png/out.png", "photo.png file"),
+        ("inpaint photo.png mask.png -o out.png --output-format parquet", "--output-format"),
+        ("inpaint photo.png mask.png -o out/ --output-pattern {date}.png", "--output-pattern {date}"),
+        ("inpaint photo.png mask.png -o out.png --mask-threshold 0", "--mask-threshold 0"),
+        ("inpaint photo.png mask.png -o out.png --mask-from alpha", "mask.png alpha"),
         ("inpaint photo.png mask.png -o out.unknown", ".unknown"),
         ("inpaint photo.png mask.png -o out.png --setps 3", "--setps"),
         ("inpaint photo.png mask.png -o out.png --steps -3", "--steps"),
@@ -374,7 +477,6 @@ def make_bad_files():
         ("photo.png", "turned_mask.png", "out.png", "turned_mask.png 56×72 72×56"),
         ("photo.png", "folder", "out.png", "MASK folder"),
         ("folder", "mask.png", "out", "PHOTO folder"),
-        ("glass.png", "mask.png", "out.jpg", "RGBA out.jpg JPEG"),
         ("bomb.png", "mask.png", "out.png", "bomb.png pixels"),
     ],
 )
@@ -388,6 +490,12 @@ def test_bad_files_are_one_line(moebius, folder, model, monkeypatch, photo, mask
     for word in words.split():
         assert word in err[0]
     assert sorted(os.listdir()) == before
+
+
+def test_a_mask_on_its_side_is_explained(moebius, folder, model):
+    make_mask((SIZE[1], SIZE[0])).save("turned.png")
+    err = moebius("inpaint", "photo.png", "turned.png", "-o", "out.png", "--model", model)[2]
+    assert len(err) == 1 and "EXIF orientation" in err[0]
 
 
 @pytest.fixture
@@ -413,7 +521,7 @@ def test_folders(moebius, photo_folders, model):
     written = ["a.png", "b.jpg", "c.webp"]
     assert code == 1
     assert [Path(line).name for line in out] == written == sorted(os.listdir("results"))
-    assert len(err) == 4 and "3 of" in err[-1]
+    assert len(err) == 5 and "3 of" in err[-1] and "no pictures" in err[-2] and "notes.txt" in err[-2]
     for name, line in zip(("broken.png", "double.png", "lonely.png"), err, strict=False):
         assert line.startswith("moebius: error: ") and name in line
     assert np.array_equal(outside(Image.open("photos/a.png")), outside(Image.open("results/a.png")))
@@ -422,14 +530,14 @@ def test_folders(moebius, photo_folders, model):
     old = Path("results/a.png").stat().st_mtime_ns
     code, out, err = moebius(*arguments)
     assert code == 1 and [Path(line).name for line in out] == ["b.jpg"]
-    assert "2 outputs exist already" in err[0]
+    assert any("2 outputs exist already" in line for line in err)
     assert Path("results/a.png").stat().st_mtime_ns == old
     assert len(moebius(*arguments, "--overwrite")[1]) == 3
     assert Path("results/a.png").stat().st_mtime_ns > old
 
 
 def test_one_mask_for_a_folder_and_no_failure(moebius, photo_folders, model):
-    for name in ("broken.png", "b.jpg", "double.png", "lonely.png"):
+    for name in ("broken.png", "b.jpg", "double.png", "lonely.png", "notes.txt"):
         Path("photos", name).unlink()
     code, out, err = moebius("inpaint", "photos", "mask.png", "-o", "results", "--model", model, "--steps", 2)
     assert (code, err) == (0, [])
@@ -448,12 +556,147 @@ def test_output_of_a_folder_is_another_folder(moebius, photo_folders, model, out
     assert (code, out, len(err)) == (2, [], 1) and words in err[0]
 
 
+@pytest.fixture
+def album(folder):
+    """`album/` with four photos, one of them in a folder and one of another size, and `masks/`."""
+    for seed, name in enumerate(("a.png", "b.png", "c.png", "deep/d.png")):
+        for top in ("album", "masks"):
+            (folder / top / name).parent.mkdir(parents=True, exist_ok=True)
+        size = (96, 80) if name == "c.png" else SIZE
+        make_photo(size=size, seed=seed).save(folder / "album" / name)
+        make_mask(size).save(folder / "masks" / name)
+    return folder
+
+
+def folder_of(path):
+    """The picture files in and below a folder, with their pixels."""
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file() and file.suffix != ".tmp")
+    return {file.relative_to(path).as_posix(): np.asarray(Image.open(file), int) for file in files}
+
+
+def test_folders_of_folders_in_batches_with_a_report(moebius, album, model):
+    arguments = ("inpaint", "album", "masks", "-o", "results", "--model", model, "--steps", 2)
+    arguments = (*arguments, "--report", "report.jsonl")
+    code, out, err = moebius(*arguments)
+    assert code == 0 and len(out) == 3 and len(err) == 1 and "`--recursive`" in err[0]
+    code, out, err = moebius(*arguments, "--recursive")
+    assert (code, out) == (0, ["results/deep/d.png"]) and len(err) == 1 and "3 outputs exist" in err[0]
+    Path("album/e.png").write_text("Dear diary")
+    assert moebius(*arguments, "--recursive", "--batch-size", 2, "-o", "batched")[0] == 1
+    single, batched = folder_of("results"), folder_of("batched")
+    assert list(single) == list(batched) == ["a.png", "b.png", "c.png", "deep/d.png"]
+    assert all(np.abs(single[name] - batched[name]).max() <= 1 for name in single)
+
+    lines = [json.loads(line) for line in Path("report.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines].count("done") == 8 and len(lines) == 9
+    assert all(line["seconds"] > 0 and line["error"] is None for line in lines if line["status"] == "done")
+    assert lines[3] | {"seconds": None} == {
+        "photo": "album/deep/d.png",
+        "output": "results/deep/d.png",
+        "status": "done",
+        "seconds": None,
+        "error": None,
+    }
+    (failed,) = [line for line in lines if line["status"] == "failed"]
+    assert failed["photo"] == "album/e.png" and failed["output"] is None and "one mask" in failed["error"]
+
+
+@pytest.mark.parametrize("output_format", ["webdataset", "parquet"])
+def test_shards_in_and_out(moebius, album, model, output_format):
+    if output_format == "parquet":
+        pytest.importorskip("pyarrow")
+    options = ("--model", model, "--steps", 2)
+    shards = (*options, "--output-format", output_format, "--shard-size", 2)
+    code, out, err = moebius("inpaint", "album", "masks", "-o", "shards", "--recursive", *shards)
+    suffix = {"webdataset": "tar", "parquet": "parquet"}[output_format]
+    assert (code, out, err) == (0, [f"shards/00000.{suffix}", f"shards/00001.{suffix}"], [])
+    code, out, err = moebius("inpaint", "album", "masks", "-o", "shards", "--recursive", *shards)
+    assert (code, out) == (0, []) and "4 outputs exist" in err[0]
+    # What comes out of the shards again are the photos as they were done from files; a black mask keeps them so.
+    Image.new("L", (18, 14)).save("black.png")
+    assert moebius("inpaint", "shards", "black.png", "-o", "out", "--resize-mask", *options)[0] == 0
+    assert moebius("inpaint", "album", "masks", "-o", "results", "--recursive", *options)[0] == 0
+    ours, theirs = folder_of("results"), folder_of("out")
+    assert list(ours) == list(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_one_bar_for_many_photos(moebius, album, model, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    code, _, err = moebius("inpaint", "album", "masks", "-o", "results", "--model", model, "--steps", 2)
+    assert code == 0
+    bars = [part for line in err for part in line.split("\r") if "photo/s" in part or "s/photo" in part]
+    assert any("0/3" in bar for bar in bars) and "3/3" in bars[-1]
+    assert not any("/2 [" in part for line in err for part in line.split("\r"))  # none of the steps
+
+
+def test_an_interruption_finishes_the_photo_at_hand_and_says_how_to_go_on(moebius, album, model, monkeypatch):
+    call, calls = MoebiusInpaintPipeline.__call__, []
+
+    def interrupted(self, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return call(self, **kwargs)
+
+    monkeypatch.setattr(MoebiusInpaintPipeline, "__call__", interrupted)
+    arguments = ("inpaint", "album", "masks", "-o", "results", "--model", model, "--steps", 2)
+    code, out, err = moebius(*arguments)
+    assert (code, out) == (130, ["results/a.png", "results/b.png"])
+    assert "the photo at hand" in err[-2]
+    assert "stopped after 2 of 3 photos; the same command goes on" in err[-1]
+    assert sorted(os.listdir("results")) == ["a.png", "b.png"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert moebius(*arguments)[:2] == (0, ["results/c.png"])
+
+
+def test_a_second_interruption_ends_at_once(moebius, album, model, monkeypatch):
+    def interrupted(self, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(MoebiusInpaintPipeline, "__call__", interrupted)
+    code, out, err = moebius("inpaint", "album", "masks", "-o", "results", "--model", model)
+    assert (code, out) == (130, []) and "stopped after 0 of 3 photos; the same command goes on" in err[-1]
+    assert not Path("results").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_whole_pictures_and_the_next_goes_on(moebius, folder, model):
+    Path("photos").mkdir()
+    for seed in range(24):
+        make_photo(size=(256, 192), seed=seed).save(f"photos/{seed:02}.png")
+    make_mask((256, 192)).save("mask.png")
+    arguments = ["inpaint", "photos", "mask.png", "-o", "results", "--model", model, "--steps", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffusers_moebius", *arguments], stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(3):
+        process.stdout.readline()
+    process.kill()
+    process.wait()
+    before = folder_of("results")
+    assert 3 <= len(before) < 24
+    assert moebius(*arguments)[0] == 0
+    after = folder_of("results")
+    assert not list(Path("results").glob(".*"))
+    assert list(after) == [f"{seed:02}.png" for seed in range(24)]
+    assert all(np.array_equal(values, after[name]) for name, values in before.items())
+    assert moebius(*arguments, "-o", "alone", "--overwrite")[0] == 0
+    alone = folder_of("alone")
+    assert all(np.array_equal(values, alone[name]) for name, values in after.items())
+
+
 def test_interruption_leaves_nothing(moebius, folder, model, monkeypatch):
     def interrupted(self, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(MoebiusInpaintPipeline, "__call__", interrupted)
-    assert moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model) == (130, [], [])
+    assert moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model) == (
+        130,
+        [],
+        ["moebius: stopped; nothing is written"],
+    )
     assert sorted(os.listdir()) == ["mask.png", "photo.png"]
 
 
@@ -539,6 +782,7 @@ def test_closed_pipe_ends_quietly():
     assert process.wait() == 130
 
 
+@pytest.mark.slow
 def test_unreachable_hub_is_one_line(folder, tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
     process = subprocess.run(

@@ -17,8 +17,8 @@ from playwright.sync_api import expect, sync_playwright
 from diffusers_moebius.demo import launch_demo
 
 SCREENS = {
-    "desktop.png": {"viewport": {"width": 1280, "height": 900}},
-    "phone.png": {
+    "desktop": {"viewport": {"width": 1280, "height": 900}},
+    "phone": {
         "viewport": {"width": 390, "height": 844},
         "device_scale_factor": 1.5,
         "is_mobile": True,
@@ -50,28 +50,24 @@ def main():
             page.get_by_label("A new seed each time").uncheck()
             page.get_by_label("Seed", exact=True).fill(arguments.seed)
             page.locator("#settings button").first.click()
-            page.locator("#examples").get_by_text(arguments.example).click()
-            page.wait_for_selector("#clicked img")
-            page.click("#remove")
-            expect(page.locator("#status")).to_contain_text("Done", timeout=5 * MINUTE)
-            page.get_by_label("After", exact=True).check()
-            page.mouse.move(0, 0)
-            page.wait_for_timeout(3000)
-            top = page.locator("#work").bounding_box()["y"]
-            bottom = page.locator("#download").bounding_box()
-            clip = {
-                "x": 0,
-                "y": max(0, top + page.evaluate("scrollY") - 16),
-                "width": screen["viewport"]["width"],
-                "height": bottom["y"] + bottom["height"] - top + 32,
-            }
-            picture = Image.open(io.BytesIO(page.screenshot(full_page=True, clip=clip))).convert("RGB")
-            # 256 colours are enough to see what the page is like, and small.
-            path = arguments.output / name
-            palette = picture.quantize(256)
-            picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
-            print(f"{path}: {picture.width}×{picture.height} px, {path.stat().st_size / 1000:.0f} kB")
+            page.locator("#examples").get_by_role("button", name=arguments.example).click()
+            expect(page.locator("#status")).to_contain_text("Marked", timeout=5 * MINUTE)
+            for step in ("marked", "done"):
+                if step == "done":
+                    page.click("#remove")
+                    expect(page.locator("#status")).to_contain_text("Done", timeout=5 * MINUTE)
+                page.mouse.move(0, 0)
+                page.wait_for_timeout(2000)
+                save(page, arguments.output / f"{name}-{step}.png")
         browser.close()
+
+
+def save(page, path: Path) -> None:
+    """What the window shows; 256 colours are enough to see what the page is like, and small."""
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    palette = picture.quantize(256)
+    picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+    print(f"{path}: {picture.width}×{picture.height} px, {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

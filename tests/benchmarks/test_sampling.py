@@ -96,3 +96,14 @@ def test_wrong_options_are_refused(sampling, capsys, option):
         sampling.parse_args(["--data", "x", option, "0"])
     assert error.value.code == 2
     assert option in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, words", [([], "extra `lpips`"), (["--lpips_weights", "none.safetensors"], "none.safe")]
+)
+def test_without_lpips_it_says_what_is_missing(sampling, data, monkeypatch, options, words):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setattr(sampling, "bundled_checkpoint", lambda _: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as caught:
+        sampling.main(["--data", str(data), *options])
+    assert words in str(caught.value) and "`--lpips_weights`" in str(caught.value)

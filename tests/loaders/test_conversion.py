@@ -7,8 +7,8 @@ import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
 
-from diffusers_moebius.loaders import conversion
-from diffusers_moebius.loaders.conversion import convert_release_checkpoint
+from diffusers_moebius import conversion
+from diffusers_moebius.conversion import convert_release_checkpoint
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 
 

@@ -257,7 +257,7 @@ def test_reduced_depth_is_said(tmp_path):
         ("out.png", "HSV", "mode HSV"),
         ("out.xyz", "RGB", "suffix '.xyz'"),
         ("out", "RGB", "suffix ''"),
-        ("missing/out.png", "RGB", "folder .*missing.* does not exist"),
+        ("there.png/out.png", "RGB", "in .*there.png, which is a file"),
         ("there.png", "RGB", "exists already"),
         (".", "RGB", "is a folder"),
     ],
@@ -389,6 +389,14 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
         path.touch()
     remove_leftovers(tmp_path)
     assert not leftover.exists() and all(path.exists() for path in kept)
+
+
+def test_folders_are_made_when_something_is_written(tmp_path):
+    target = tmp_path / "new" / "folder" / "out.png"
+    check_output(target, "RGB")
+    assert not list(tmp_path.iterdir())
+    write_image(smooth_picture(), target)
+    assert target.is_file()
 
 
 def test_replaced_files_are_whole(tmp_path):

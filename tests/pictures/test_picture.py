@@ -71,6 +71,17 @@ class TestLoadPictures:
         result = load_pictures(tensor)[0].render("pt")
         assert result.dtype == dtype and torch.equal(result, tensor)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_floats_from_minus_one_to_one(self, dtype):
+        signed = (torch.rand(2, 3, 20, 18) * 2 - 1).to(dtype)
+        signed[1] = signed[1].abs()  # the first picture tells what is meant
+        for value in (signed, list(signed), signed.float().permute(0, 2, 3, 1).numpy()):
+            pictures = load_pictures(value)
+            for picture, expected in zip(pictures, (signed + 1) / 2, strict=True):
+                np.testing.assert_allclose(picture.render("pt").float(), expected.float(), atol=4e-3)
+        unsigned = signed[1]
+        assert torch.equal(load_pictures(unsigned)[0].render("pt"), unsigned)
+
     def test_integers_come_back_as_exact_floats(self):
         values = np.arange(256, dtype=np.uint8).reshape(16, 16)
         np.testing.assert_array_equal(np.rint(load_pictures(values)[0].render("np")[..., 0] * 255), values)
@@ -98,7 +109,9 @@ class TestLoadPictures:
             (torch.zeros(16, 16, 3), "one to four channels"),
             (np.full((16, 16, 3), np.nan, np.float32), "NaN"),
             (np.full((16, 16, 3), np.inf), "NaN or infinite"),
-            (np.full((16, 16, 3), -0.5), "from -0.5"),
+            (np.full((16, 16, 3), -0.2), "from -0.2"),
+            (np.linspace(-1, 1.5, 768).reshape(16, 16, 3), "from -1 to 1.5"),
+            (torch.full((3, 16, 16), -1.5), "from -1.5"),
             (torch.full((3, 16, 16), 1.5), "to 1.5"),
             (np.zeros((16, 16, 3), np.int64), "int64"),
             (np.zeros((16, 16, 3), bool), "bool"),

@@ -58,7 +58,7 @@ class OracleUNet(MoebiusUNet2DModel):
     clean = None
     scheduler = None
 
-    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True):
+    def forward(self, sample, timestep, encoder_hidden_states, attention_kwargs=None, return_dict=True):
         noisy = sample[:, :4]
         alphas = self.scheduler.alphas_cumprod.double()
         alpha = float(np.interp(float(timestep), np.arange(len(alphas)), alphas))

@@ -1,5 +1,7 @@
 """What the demo does behind the page."""
 
+import base64
+import io
 import threading
 
 import numpy as np
@@ -10,12 +12,12 @@ from PIL import Image
 
 from diffusers_moebius.demo import inpainting
 from diffusers_moebius.demo.examples import EXAMPLES
+from diffusers_moebius.demo.handlers import Demo, friendly, parse_number
 from diffusers_moebius.demo.inpainting import Settings, Step, clean_latents, generate
-from diffusers_moebius.demo.interface import Demo, _friendly, parse_number
 from diffusers_moebius.demo.models import NANO, OWN, ModelShelf, parse_repository
-from diffusers_moebius.demo.photos import VIEW_SIDE, VisitorError, open_photo
-from diffusers_moebius.demo.selection import ObjectSelector, SelectionUnavailable
-from diffusers_moebius.demo.session import REDRAW_SECONDS, Session
+from diffusers_moebius.demo.photos import VIEW_SIDE, VisitorError, open_photo, painted_mask
+from diffusers_moebius.demo.selection import ObjectSelector, SelectionUnavailable, snap_to_edges
+from diffusers_moebius.demo.session import Session, Version
 
 SETTINGS = Settings(steps=6, guidance=None, seed=3, context=32, color_compensation=False)
 
@@ -26,9 +28,9 @@ def demo(pipeline_folder, selector_folder):
 
 
 @pytest.fixture
-def session(photo):
+def session(demo, photo):
     session = Session()
-    session.open(open_photo(photo))
+    demo.open(session, open_photo(photo))
     yield session
     session.close()
 
@@ -40,7 +42,26 @@ def hole():
     return values
 
 
-def run(demo, session, mask, **options):
+def painted(mask):
+    """What the editor makes of a mask: a PNG whose opaque pixels are marked."""
+    layer = np.zeros((*mask.shape, 4), np.uint8)
+    layer[mask] = (255, 64, 64, 255)
+    file = io.BytesIO()
+    Image.fromarray(layer).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def region_of(told):
+    """The mask that the editor is told to add."""
+    with Image.open(io.BytesIO(base64.b64decode(told["mask"].partition(",")[2]))) as image:
+        return np.asarray(image.convert("L")) > 0
+
+
+def latest(session):
+    return session.versions[max(session.versions)].photo
+
+
+def run(demo, session, mask, version=None, **options):
     options = {
         "steps": 6,
         "guidance": None,
@@ -50,7 +71,8 @@ def run(demo, session, mask, **options):
         "edge_margin": 0,
         **options,
     }
-    return demo.run(session, mask, demo.shelf.default, "", **options)
+    marked = {"photo": version or min(session.versions), "mask": painted(mask)}
+    return demo.run(session, marked, demo.shelf.default, "", **options)
 
 
 def test_a_run_shows_steps_and_previews_and_keeps_the_rest(demo, session, hole):
@@ -60,9 +82,9 @@ def test_a_run_shows_steps_and_previews_and_keeps_the_rest(demo, session, hole):
     assert {step.total for step, _ in steps} == {5}
     assert all(left >= 0 for _, left in steps) and steps[-1][1] == 0
     previews = [step.preview for step, _ in steps if step.preview is not None]
-    assert previews and all(preview.size == session.view.size for preview in previews)
+    assert previews and all(preview.size == (300, 200) for preview in previews)
     assert messages[-1][0] == "done"
-    before, after = np.asarray(session.photo.image), np.asarray(session.result.image)
+    before, after = (np.asarray(version.photo.image) for version in session.versions.values())
     assert (before[~hole] == after[~hole]).all() and (before[hole] != after[hole]).any()
     for preview in previews:
         assert (np.asarray(preview)[~hole] == before[~hole]).all()
@@ -72,26 +94,27 @@ def test_a_seed_gives_the_same_picture_again(demo, session, hole):
     results = []
     for seed in (3, 3, 4):
         list(run(demo, session, hole, seed=seed))
-        results.append(np.asarray(session.result.image))
+        results.append(np.asarray(latest(session).image))
     assert (results[0] == results[1]).all() and (results[0] != results[2]).any()
 
 
 def test_the_command_is_one_that_the_command_line_takes(demo, session, hole, photo, mask, tmp_path, pipeline_folder):
     from diffusers_moebius.cli import main
 
-    _, (_, command) = list(run(demo, session, hole, edge_margin=3, guidance=1.5))[-1]
+    _, (result,) = list(run(demo, session, hole, edge_margin=3, guidance=1.5))[-1]
+    command = session.version(result).command
     output = tmp_path / "again.png"
     words = {"PHOTO": str(photo), "MASK": str(mask), "RESULT": str(output), "FOLDER": str(pipeline_folder)}
     arguments = [words.get(word, word) for word in command.split()[1:]]
     with pytest.raises(SystemExit) as caught:
         main([*arguments, "--device", "cpu"])
     assert caught.value.code == 0
-    assert (np.asarray(Image.open(output)) == np.asarray(session.result.image)).all()
+    assert (np.asarray(Image.open(output)) == np.asarray(latest(session).image)).all()
 
 
 def test_stop_ends_one_run_and_no_other(demo, session, photo, hole):
     other = Session()
-    other.open(open_photo(photo))
+    demo.open(other, open_photo(photo))
     finished = threading.Thread(target=lambda: list(run(demo, other, hole, steps=12)))
     messages = []
     for kind, value in run(demo, session, hole, steps=100):
@@ -100,9 +123,9 @@ def test_stop_ends_one_run_and_no_other(demo, session, photo, hole):
             finished.start()
             session.stop()
     finished.join()
-    assert session.result is None
+    assert len(session.versions) == 1
     assert [kind for kind, _ in messages].count("step") < 10
-    assert other.result is not None
+    assert len(other.versions) == 2
     other.close()
 
 
@@ -125,10 +148,11 @@ def test_a_run_that_follows_is_not_stopped_by_the_stop_before(demo, session, hol
 
 def test_nothing_of_a_session_is_left(photo, demo, hole):
     session = Session()
-    session.open(open_photo(photo))
-    list(run(demo, session, hole))
+    demo.open(session, open_photo(photo))
+    _, (result,) = list(run(demo, session, hole))[-1]
+    assert demo.write(session, {"photo": result}, "PNG").exists()
     session.close()
-    assert not session.folder.exists()
+    assert not session.folder.exists() and not session.versions
     session.close()
 
 
@@ -143,6 +167,8 @@ def test_nothing_of_a_session_is_left(photo, demo, hole):
         ({"seed": None}, "seed"),
         ({"context": 10**6}, "surroundings"),
         ({"edge_margin": 10**6}, "edge margin"),
+        ({"count": 5}, "candidates"),
+        ({"version": 99}, "no longer kept"),
     ],
 )
 def test_settings_out_of_range_are_refused(demo, session, hole, options, message):
@@ -167,11 +193,8 @@ def test_errors_of_the_pipeline_reach_the_visitor(demo, session, hole, monkeypat
 def test_unexpected_errors_tell_nothing():
     import gradio as gr
 
-    def fail():
+    with pytest.raises(gr.Error) as caught, friendly():
         raise OSError("/home/someone/secret.txt is missing")
-
-    with pytest.raises(gr.Error) as caught:
-        _friendly(fail)()
     assert "secret" not in str(caught.value)
 
 
@@ -231,73 +254,98 @@ def test_a_model_that_does_not_load_says_so(tmp_path):
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_clicks_add_and_take_away(demo, session):
-    point = (100, 50)
-    alone = demo.selector.select(demo.selector.embed(session.view), session.view.size, point)
-    assert alone.shape == (200, 300) and alone.dtype == bool
-    session.mask[:, :5] = True
-    added = demo.click(session, point, remove=False, grow=0)
-    assert (added == (alone | added)).all() and added[:, :5].all()
-    grown = demo.click(session, point, remove=False, grow=4).copy()
-    assert grown.sum() >= added.sum()
-    removed = demo.click(session, point, remove=True, grow=4)
-    assert not (removed & alone).any()
+def test_a_click_selects_and_names_what_is_to_be_done(demo, session):
+    request = {"photo": min(session.versions), "point": [100, 50], "scribble": None, "erase": True}
+    told = demo.select(session, request)
+    view = session.version(request["photo"]).photo.view()
+    alone = demo.selector.select(demo.selector.embed(view), view.size, (100, 50))
+    assert told["do"] == "add" and told["erase"]
+    assert (region_of(told) == alone).all() and alone.any()
 
 
-def test_brush_and_clicks_share_one_mask(demo, session):
-    layer = np.zeros((200, 300, 4), np.uint8)
-    layer[10:20, 10:20] = 255
-    editor = {"background": np.zeros((200, 300, 4), np.uint8), "layers": [layer], "composite": None}
-    assert demo.current_mask(session, editor).sum() == 100
-    assert session.mask.sum() == 100
-    assert demo.current_mask(session, None).sum() == 100
+def test_a_scribble_snaps_to_the_object():
+    view = np.full((200, 300, 3), 90, np.uint8)
+    view[60:140, 100:200] = (200, 40, 40)
+    truth = np.zeros((200, 300), bool)
+    truth[60:140, 100:200] = True
+    noise = np.random.default_rng(0).integers(-12, 12, view.shape)
+    image = Image.fromarray((view + noise).clip(0, 255).astype(np.uint8))
+    scribble = np.zeros_like(truth)
+    scribble[85:115, 90:190] = True  # a stroke that leaves the object at one side
+    loop = np.zeros_like(truth)
+    loop[50:150, 90:210] = True
+    loop[54:146, 94:206] = False
+    for drawn in (scribble, loop):
+        found = snap_to_edges(image, drawn)
+        assert (found & truth).sum() / (found | truth).sum() > 0.9
+    empty = np.zeros_like(truth)
+    assert not snap_to_edges(image, empty).any()
 
 
-def test_out_of_sight_the_editor_does_not_count(demo, session):
-    editor = {"background": np.zeros((200, 300, 4), np.uint8), "layers": [], "composite": None}
-    session.mask[:, :5] = True
-    session.in_editor = False
-    assert demo.current_mask(session, editor).sum() == 1000
-    session.in_editor = True
-    assert not demo.current_mask(session, editor).any()
+def test_a_mask_that_does_not_arrive_whole_is_refused(hole):
+    url = painted(hole)
+    assert (painted_mask(url, (300, 200)) == hole).all()
+    assert not painted_mask(None, (300, 200)).any()
+    for broken in (url[:200], "data:image/png;base64,AAAA", "nothing"):
+        with pytest.raises(VisitorError, match="did not arrive"):
+            painted_mask(broken, (300, 200))
+    with pytest.raises(VisitorError, match="did not arrive"):
+        painted_mask(url, (30, 20))
 
 
-def test_an_editor_that_is_drawn_late_takes_no_mark_back(demo, session, monkeypatch):
-    now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-
-    def editor(mask):
-        layer = np.zeros((200, 300, 4), np.uint8)
-        layer[mask] = 255
-        return {"background": np.zeros((200, 300, 4), np.uint8), "layers": [layer], "composite": None}
-
-    def mark(row):
-        session.mask = session.mask.copy()
-        session.mask[row] = True
-        return session.to_editor()
-
-    nothing = session.to_editor()
-    first, second = mark(10), mark(20)
-    for late in (nothing, first):
-        assert demo.current_mask(session, editor(late)).sum() == 600
-    painted = second.copy()
-    painted[30] = True
-    assert demo.current_mask(session, editor(painted)).sum() == 900
-    now += REDRAW_SECONDS + 0.1
-    assert demo.current_mask(session, editor(nothing)).sum() == 0  # all was erased since
+def test_candidates_have_seeds_that_follow_each_other(demo, session, hole):
+    messages = list(run(demo, session, hole, count=2))
+    steps = [value[0] for kind, value in messages if kind == "step"]
+    assert [step.number for step in steps] == list(range(1, 11)) and {step.total for step in steps} == {10}
+    ids = messages[-1][1]
+    assert [("--seed 3" in session.version(k).command, "--seed 4" in session.version(k).command) for k in ids] == [
+        (True, False),
+        (False, True),
+    ]
+    pictures = [np.asarray(session.version(k).photo.image) for k in ids]
+    assert (pictures[0] != pictures[1]).any()
 
 
-def test_rectangles_in_percent(demo, session):
-    assert demo.box(session, (10, 20, 30, 40)) == (30, 40, 120, 120)
-    assert demo.box(session, (90, 90, 50, 50)) == (270, 180, 300, 200)
-    for rectangle, message in (
-        ((10, 20, 0, 40), "nothing in this"),
-        ((100, 20, 30, 40), "nothing in this"),
-        ((-1, 20, 30, 40), "left"),
-        ((1, 20, 30, None), "height"),
-    ):
-        with pytest.raises(VisitorError, match=message):
-            demo.box(session, rectangle)
+def test_the_next_removal_goes_on_from_any_version(demo, session, hole):
+    _, (first,) = list(run(demo, session, hole))[-1]
+    other = np.zeros_like(hole)
+    other[10:50, 10:60] = True
+    list(run(demo, session, other, version=first))
+    start, one, two = (np.asarray(version.photo.image) for version in session.versions.values())
+    assert (
+        (one[~hole] == start[~hole]).all() and (two[~other] == one[~other]).all() and (two[other] != one[other]).any()
+    )
+    _, (instead,) = list(run(demo, session, other))[-1]  # from the photo as it came: the first removal was undone
+    assert (np.asarray(session.version(instead).photo.image)[~other] == start[~other]).all()
+
+
+def test_the_oldest_removals_are_let_go_when_all_are_too_large(demo, session, monkeypatch):
+    monkeypatch.setattr("diffusers_moebius.demo.session.MAX_KEPT_MEGAPIXELS", 0.2)
+    first = min(session.versions)
+    ids = [session.keep(Version(session.version(first).photo)) for _ in range(4)]
+    assert list(session.versions) == [first, *ids[-2:]]
+    with pytest.raises(VisitorError, match="no longer kept"):
+        session.version(ids[0])
+
+
+def test_files_of_any_version(demo, session, hole):
+    first = min(session.versions)
+    _, (result,) = list(run(demo, session, hole, edge_margin=2))[-1]
+    for version in (first, result):
+        with Image.open(demo.write(session, {"photo": version}, "PNG")) as image:
+            assert (np.asarray(image) == np.asarray(session.version(version).photo.image)).all()
+    with Image.open(demo.write(session, {"photo": result}, "mask")) as image:
+        assert (np.asarray(image) == hole).all()
+    with pytest.raises(VisitorError, match="no mask"):
+        demo.write(session, {"photo": first}, "mask")
+
+
+def test_a_view_keeps_transparency(photo, tmp_path):
+    image = Image.open(photo).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    path = tmp_path / "transparent.png"
+    image.save(path)
+    assert open_photo(path).view().mode == "RGBA"
 
 
 @pytest.mark.parametrize(("text", "value"), [("", None), (None, None), (" 2,5 ", 2.5), ("20", 20)])
@@ -310,22 +358,23 @@ def test_what_is_no_number_is_named():
         parse_number("steps", "many")
 
 
-def test_a_selector_that_does_not_load_says_so_at_once_the_second_time(tmp_path, session, monkeypatch):
-    calls = []
+def test_a_selector_without_a_hub_says_so_at_once(session, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no network")
 
-    def fail(source):
-        calls.append(source)
-        raise OSError(f"{tmp_path} is no model")
+    monkeypatch.setattr("diffusers_moebius.demo.selection.HfApi.model_info", fail)
+    selector = ObjectSelector("somebody/no-such-model")
+    assert selector.megabytes == float("inf")
+    with pytest.raises(SelectionUnavailable, match="Scribble"):
+        selector.embed(session.version(min(session.versions)).photo.view())
 
-    import transformers
 
-    monkeypatch.setattr(transformers.Sam2Model, "from_pretrained", fail)
+def test_a_broken_selector_says_so_and_names_no_place(tmp_path, session):
     selector = ObjectSelector(str(tmp_path))
     for _ in range(2):
-        with pytest.raises(SelectionUnavailable, match="brush works") as caught:
-            selector.embed(session.view)
+        with pytest.raises(SelectionUnavailable) as caught:
+            selector.embed(session.version(min(session.versions)).photo.view())
         assert str(tmp_path) not in str(caught.value)
-    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
@@ -339,13 +388,32 @@ def test_examples_have_masks(example):
 
 def test_a_large_photo_is_viewed_small_and_filled_large(demo, phone_photo):
     session = Session()
-    session.open(open_photo(phone_photo))
-    assert max(session.view.size) == VIEW_SIDE
-    mask = np.zeros((session.view.height, session.view.width), bool)
+    told = demo.open(session, open_photo(phone_photo))
+    width, height = told["size"]
+    assert max(width, height) == VIEW_SIDE
+    mask = np.zeros((height, width), bool)
     mask[600:640, 400:460] = True
     list(run(demo, session, mask, steps=2, context=20))
-    before, after = np.asarray(session.photo.image), np.asarray(session.result.image)
+    before, after = (np.asarray(version.photo.image) for version in session.versions.values())
     assert before.shape == after.shape == (4000, 3000, 3)
     rows, columns = np.nonzero((before != after).any(axis=2))
     assert rows.min() >= 1870 and rows.max() <= 2005 and columns.min() >= 1245 and columns.max() <= 1442
     session.close()
+
+
+def test_select_says_what_a_first_click_would_download(pipeline_folder, monkeypatch):
+    from types import SimpleNamespace
+
+    files = [SimpleNamespace(rfilename="model.safetensors", size=156_000_000)]
+    monkeypatch.setattr(
+        "diffusers_moebius.demo.selection.HfApi.model_info", lambda *args, **kwargs: SimpleNamespace(siblings=files)
+    )
+    assert "156 MB" in ObjectSelector("somebody/sam").hint
+    assert "MB" not in ObjectSelector(str(pipeline_folder)).hint  # a folder is here already
+
+
+def test_a_port_in_use_is_named(demo_url):
+    from diffusers_moebius.demo import launch_demo
+
+    with pytest.raises(ValueError, match="--port"):
+        launch_demo(host="127.0.0.1", port=int(demo_url.rstrip("/").rpartition(":")[2]), quiet=True)

@@ -10,7 +10,7 @@ from packaging.version import Version
 SPACE = Path(__file__).parents[2] / "spaces"
 COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 # What the hub documents for Spaces beside the fields that SpaceCardData names.
-OTHER_FIELDS = {"emoji", "colorFrom", "colorTo", "short_description"}
+OTHER_FIELDS = {"emoji", "colorFrom", "colorTo", "short_description", "preload_from_hub"}
 
 
 def test_card_has_the_fields_of_the_hub():

@@ -3,9 +3,14 @@
 from pathlib import Path
 
 
+def bundled_checkpoints() -> dict[str, Path]:
+    """The folders of all models that are part of the package, by name."""
+    return {path.parent.name: path.parent for path in sorted(Path(__file__).parent.glob("*/model_index.json"))}
+
+
 def bundled_checkpoint(name: str = "nano") -> Path:
     """
-    The folder of a model that is part of the package, for [`MoebiusInpaintPipeline.from_pretrained`].
+    The folder of a model that is part of the package; [`MoebiusInpaintPipeline.from_pretrained`] also takes its name.
 
     Args:
         name (`str`, defaults to `"nano"`): Name of the model.
@@ -16,8 +21,7 @@ def bundled_checkpoint(name: str = "nano") -> Path:
     Raises:
         ValueError: If there is no such model.
     """
-    folder = Path(__file__).parent
-    names = sorted(path.parent.name for path in folder.glob("*/model_index.json"))
-    if name not in names:
-        raise ValueError(f"`name` must be one of the bundled models ({', '.join(names)}), but is {name!r}.")
-    return folder / name
+    folders = bundled_checkpoints()
+    if name not in folders:
+        raise ValueError(f"`name` must be one of the bundled models ({', '.join(folders)}), but is {name!r}.")
+    return folders[name]

@@ -34,6 +34,15 @@ class Example:
         image = Image.fromarray(getattr(data, self.picture)())
         return Photo(image, ImageMetadata(), self.picture), polygon_mask(image.size, self.polygons)
 
+    def thumbnail(self) -> Image.Image:
+        """A small picture of it, what is to be removed tinted red."""
+        photo, mask = self.load()
+        pixels = np.asarray(photo.image.convert("RGB")).copy()
+        pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.array([255, 64, 64])
+        picture = Image.fromarray(pixels)
+        picture.thumbnail((320, 320))
+        return picture
+
 
 def _disc(x: float, y: float, radius_x: float, radius_y: float) -> tuple:
     angles = [math.tau * k / 48 for k in range(48)]

@@ -15,6 +15,8 @@ from PIL import Image
 
 from .. import MoebiusInpaintPipeline
 from ..pictures.picture import load_pictures
+from ..pictures.region import find_region
+from ..pipelines.latents import decode_pictures
 from .models import ModelShelf
 from .photos import VisitorError, scale_mask
 
@@ -189,18 +191,19 @@ class Preview:
         self.pipeline, self.view, self.steps = pipeline, view, settings.steps
         picture = load_pictures(image)[0]
         try:
-            box, self.content_size = pipeline.prepare_region(picture, mask, settings.context, None, None)
+            region = find_region(picture, mask, pipeline.sizes, settings.context)
         except ValueError as error:
             raise VisitorError(str(error)) from error
         scale_x, scale_y = view.width / image.width, view.height / image.height
-        left, top, right, bottom = (round(v * s) for v, s in zip(box, (scale_x, scale_y) * 2))
+        left, top, right, bottom = (round(v * s) for v, s in zip(region.box, (scale_x, scale_y) * 2))
+        self.content_size = region.content_size
         self.box = (left, top, max(right, left + 1), max(bottom, top + 1))
         self.mask = Image.fromarray(scale_mask(mask, view.size).astype(np.uint8) * 255)
         self.previous: torch.Tensor | None = None
         self.known: tuple[torch.Tensor, torch.Tensor] | None = None
         self.color_map: torch.Tensor | None = None
         if not isinstance(pipeline.vae, AutoencoderTiny):
-            pixels, hole = pipeline.prepare_image(picture, mask, box, self.content_size)
+            pixels, hole = region.tensors()
             factor = pipeline.vae_scale_factor
             self.known = F.avg_pool2d(pixels, factor)[0], F.max_pool2d(hole, factor)[0, 0] == 0
 
@@ -228,14 +231,16 @@ class Preview:
         array = (colors.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
         left, top, right, bottom = self.box
         fill = Image.fromarray(array).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
-        picture = self.view.copy()
+        picture = self.view.convert("RGB")
         picture.paste(fill, (left, top), self.mask.crop(self.box))
+        if self.view.mode == "RGBA":
+            picture.putalpha(self.view.getchannel("A"))
         return picture
 
     def _colors(self, latents: torch.Tensor, masked_image_latents: torch.Tensor) -> torch.Tensor:
         if self.known is None:
             with contextlib.suppress(ValueError):  # Latents on the way may decode to infinite values.
-                return self.pipeline.decode_latents(latents)[0]
+                return decode_pictures(self.pipeline.vae, latents)[0]
             return torch.full((3, *latents.shape[2:]), 0.5)
         if self.color_map is None:
             pixels, is_known = self.known

@@ -16,8 +16,10 @@ logger = logging.getLogger(__name__)
 
 NANO = "Nano (comes with the app, fast)"
 OWN = "Another repository"
+FULL = "Moebius Places2 (landscapes, rooms)"
+FULL_GIGABYTES = 1.2
 PUBLISHED = {
-    "Moebius Places2 (landscapes, rooms)": ("hustvl/Moebius", "ft_places2"),
+    FULL: ("hustvl/Moebius", "ft_places2"),
     "Moebius CelebA-HQ (portraits)": ("hustvl/Moebius", "ft_celebahq"),
     "Moebius FFHQ (portraits)": ("hustvl/Moebius", "ft_ffhq"),
     "Moebius pretrained (general)": ("hustvl/Moebius", "pretrained"),

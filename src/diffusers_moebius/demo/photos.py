@@ -1,5 +1,7 @@
 """Photos of the demo's visitors: opening uploads within limits, the scaled view to paint on, and masks for both."""
 
+import base64
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,6 @@ from diffusers.utils import numpy_to_pil
 from PIL import Image, ImageDraw
 
 from ..pictures.files import ImageMetadata, read_image, write_image
-from ..pictures.mask import dilate_mask
 from ..pictures.picture import load_pictures
 
 MAX_FILE_MEGABYTES = 50
@@ -17,9 +18,6 @@ MAX_MEGAPIXELS = 50
 MIN_SIDE = 16
 # Browsers of phones handle a canvas of this size; the photo itself stays on the server as it came.
 VIEW_SIDE = 1280
-# Strokes are drawn half transparent; what is fainter than this is the smoothed rim that an eraser leaves behind.
-MIN_STROKE_ALPHA = 32
-MARK_COLOR = (255, 64, 64)
 
 
 class VisitorError(Exception):
@@ -42,11 +40,11 @@ class Photo:
     name: str
 
     def view(self) -> Image.Image:
-        """The photo as RGB, its longer side at most `VIEW_SIDE` px."""
+        """The photo as RGB or RGBA, its longer side at most `VIEW_SIDE` px."""
         image = self.image
         if image.mode not in ("RGB", "RGBA", "L", "LA"):
             image = numpy_to_pil(load_pictures(image)[0].rgb())[0]
-        image = image.convert("RGB")
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         # `thumbnail` would work in place on what may be the photo itself.
         scale = min(1.0, VIEW_SIDE / max(image.size))
         size = tuple(max(1, round(side * scale)) for side in image.size)
@@ -96,48 +94,40 @@ def open_photo(path: str | Path, name: str | None = None) -> Photo:
     return Photo(image, metadata, stem)
 
 
-def painted_mask(layers: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+def picture_url(image: Image.Image) -> str:
+    """A picture as a data URL for the page, so that no copy of it lies on the server."""
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=90, method=2)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def mask_url(mask: np.ndarray) -> str:
+    """A mask as a data URL of a black and white picture."""
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def painted_mask(url: str | None, size: tuple[int, int]) -> np.ndarray:
     """
-    The mask that the editor's layers hold: what is painted, whatever its colour.
+    The mask that the editor sends: what is opaque in a PNG.
 
     Args:
-        layers (`list[np.ndarray]`): RGBA layers, `[h, w, 4]`.
+        url (`str`, *optional*): A data URL.
         size (`tuple[int, int]`): Width and height of the view.
 
     Returns:
-        `np.ndarray` of shape `[height, width]`, boolean.
+        `np.ndarray` of shape `[height, width]`, boolean; empty for none.
     """
-    mask = np.zeros((size[1], size[0]), bool)
-    for layer in layers:
-        alpha = Image.fromarray(np.ascontiguousarray(layer[..., 3]))
-        if alpha.size != size:
-            alpha = alpha.resize(size, Image.Resampling.BILINEAR)
-        mask |= np.asarray(alpha) >= MIN_STROKE_ALPHA
-    return mask
-
-
-def mask_layer(mask: np.ndarray) -> Image.Image:
-    """A mask as a layer of the editor."""
-    layer = np.zeros((*mask.shape, 4), np.uint8)
-    layer[mask] = (*MARK_COLOR, 180)
-    return Image.fromarray(layer)
-
-
-def show_mask(view: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The view with the mask tinted."""
-    picture = np.asarray(view).copy()
-    picture[mask] = (0.4 * picture[mask] + 0.6 * np.asarray(MARK_COLOR)).astype(np.uint8)
-    return Image.fromarray(picture)
-
-
-def draw_outline(view: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The view with the rim of the mask in white and black, which shows on any photo."""
-    picture = np.asarray(view).copy()
-    width = max(1, round(max(mask.shape) / 600))
-    inner = dilate_mask(mask, width)
-    picture[dilate_mask(inner, width) & ~inner] = 0
-    picture[inner & ~mask] = 255
-    return Image.fromarray(picture)
+    if not url:
+        return np.zeros((size[1], size[0]), bool)
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])), formats=["PNG"]) as image:
+            if image.size != size:
+                raise ValueError(f"the mask has {image.size} pixels, and the view {size}")
+            return np.asarray(image.convert("RGBA"))[..., 3] >= 128
+    except (ValueError, OSError) as error:
+        raise VisitorError("What was painted did not arrive whole. Please try again.") from error
 
 
 def scale_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

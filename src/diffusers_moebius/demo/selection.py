@@ -1,13 +1,15 @@
-"""Click to select: the object under a point, by a SAM 2 model of transformers that is loaded on first use."""
+"""
+What a visitor points at: the object under a click, by a SAM 2 model of transformers that is loaded on first use, or
+what a scribble covers, snapped to the edges in the photo.
+"""
 
 import logging
-import math
 import os
 import threading
-import time
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL import Image
 
 from .models import on_zero_gpu
@@ -18,15 +20,19 @@ logger = logging.getLogger(__name__)
 DEFAULT_SELECTOR = "facebook/sam2.1-hiera-tiny"
 # Mean and deviation of ImageNet's colours, on which SAM 2 was trained.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# After a failure the model is tried again, but not at every click: finding out that there is no network takes long.
-RETRY_SECONDS = 300
+# GrabCut takes 0.4 s at this size, and its edges are those of the photo once they are enlarged.
+SNAP_SIDE = 512
+HUB_SECONDS = 3  # to find out whether there is a hub to download from
 
 
 class SelectionUnavailable(VisitorError):
     """The model of click to select cannot be loaded."""
 
     def __init__(self):
-        super().__init__("Click to select is not available: its model could not be loaded. The brush works as always.")
+        super().__init__(
+            "A click finds nothing here, since the model for it cannot be loaded. Scribble over the object, or draw a "
+            "line around it: that snaps to its edges."
+        )
 
 
 class ObjectSelector:
@@ -42,13 +48,44 @@ class ObjectSelector:
     def __init__(self, model: str | None = None):
         self.source = model or os.environ.get("MOEBIUS_DEMO_SELECTOR") or DEFAULT_SELECTOR
         self._model = None
-        self._failure_time = -math.inf
         self._lock = threading.Lock()
+        # Looking for a hub takes long where there is none: it is done while the visitor still looks at the page.
+        self._megabytes: float | None = None
+        self._looked = threading.Event()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        """Finds out how much there is to download: nothing, so many megabytes, or infinitely many without a hub."""
+        try:
+            if os.path.isdir(self.source) or isinstance(try_to_load_from_cache(self.source, "model.safetensors"), str):
+                self._megabytes = 0
+            else:
+                info = HfApi().model_info(self.source, files_metadata=True, timeout=HUB_SECONDS)
+                sizes = [file.size for file in info.siblings if file.rfilename == "model.safetensors"]
+                self._megabytes = sizes[0] / 1e6
+        except Exception:  # no network, no such repository, no weights in it
+            logger.warning("the selection model %s cannot be had", self.source)
+            self._megabytes = float("inf")
+        self._looked.set()
+
+    @property
+    def megabytes(self) -> float:
+        """What a first click would download; infinite where it cannot."""
+        return self._megabytes if self._looked.wait(4 * HUB_SECONDS) else float("inf")
+
+    @property
+    def hint(self) -> str:
+        """What a visitor should know before the first click."""
+        scribble = "scribble over it, or draw a line around it"
+        if self.megabytes == float("inf"):
+            return f"To mark an object, {scribble}."
+        download = f" The first click downloads a model ({self.megabytes:.0f} MB)." if self.megabytes else ""
+        return f"Click on an object, {scribble}.{download}"
 
     def _load(self):
         with self._lock:
             if self._model is None:
-                if time.monotonic() - self._failure_time < RETRY_SECONDS:
+                if self.megabytes == float("inf"):
                     raise SelectionUnavailable
                 try:
                     from transformers import Sam2Model
@@ -56,9 +93,10 @@ class ObjectSelector:
                     # On ZeroGPU clicks are answered where there is no GPU: waiting for one takes longer.
                     device = "cuda" if torch.cuda.is_available() and not on_zero_gpu() else "cpu"
                     self._model = Sam2Model.from_pretrained(self.source).eval().to(device)
-                except Exception as error:  # No network, no such file, a transformers without SAM 2.
+                    self._megabytes = 0
+                except Exception as error:  # A network that breaks, a transformers without SAM 2.
                     logger.warning("the selection model cannot be loaded", exc_info=True)
-                    self._failure_time = time.monotonic()
+                    self._megabytes = float("inf")
                     raise SelectionUnavailable from error
             return self._model
 
@@ -108,3 +146,48 @@ class ObjectSelector:
 def _side(model) -> int:
     side = model.config.prompt_encoder_config.image_size
     return side if isinstance(side, int) else side[0]
+
+
+def snap_to_edges(view: Image.Image, scribble: np.ndarray) -> np.ndarray:
+    """
+    The object that a scribble covers, or that a closed line goes around, by GrabCut (Rother et al., 2004).
+
+    Args:
+        view (`PIL.Image.Image`): RGB.
+        scribble (`np.ndarray` of shape `[height, width]`): Boolean.
+
+    Returns:
+        `np.ndarray` of shape `[height, width]`, boolean; the scribble itself where no edge is found.
+    """
+    import cv2
+
+    height, width = scribble.shape
+    scale = min(1.0, SNAP_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    pixels = cv2.resize(np.asarray(view), size, interpolation=cv2.INTER_AREA)[..., ::-1]
+    drawn = cv2.resize(scribble.astype(np.uint8), size, interpolation=cv2.INTER_AREA) > 0
+    if not drawn.any():
+        return scribble
+    contours, _ = cv2.findContours(drawn.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    filled = cv2.drawContours(np.zeros(drawn.shape, np.uint8), contours, -1, 1, cv2.FILLED) > 0
+    rows, columns = np.flatnonzero(filled.any(1)), np.flatnonzero(filled.any(0))
+    margin = max(8, round(0.25 * max(np.ptp(rows), np.ptp(columns))))
+    labels = np.full(drawn.shape, cv2.GC_BGD, np.uint8)
+    if filled.sum() > 2 * drawn.sum():  # a line around the object, which lies within
+        labels[filled] = cv2.GC_PR_FGD
+        labels[drawn] = cv2.GC_PR_BGD
+    else:
+        top, left = max(0, rows[0] - margin), max(0, columns[0] - margin)
+        labels[top : rows[-1] + margin + 1, left : columns[-1] + margin + 1] = cv2.GC_PR_BGD
+        labels[drawn] = cv2.GC_PR_FGD
+        core = cv2.erode(drawn.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=3) > 0
+        labels[core] = cv2.GC_FGD
+    try:
+        cv2.grabCut(
+            np.ascontiguousarray(pixels), labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK
+        )
+    except cv2.error:  # all is object, or nothing
+        return scribble
+    region = ((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.float32)
+    found = cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR) >= 0.5
+    return found if found.any() else scribble

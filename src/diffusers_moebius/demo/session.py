@@ -6,63 +6,75 @@ import tempfile
 import threading
 import time
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from .photos import Photo, scale_mask
+from .photos import Photo, VisitorError
 
 # An upload is kept for so long after its use, since gradio keeps equal files of equal names at one place: another
 # visitor may have sent the same, and wait for their turn.
 UPLOAD_SECONDS = 60
-REDRAW_SECONDS = 4  # a slow machine takes so long to draw the editor anew
+MAX_KEPT_MEGAPIXELS = 250
+
+
+@dataclass(frozen=True)
+class Version:
+    """
+    A visitor's photo as it came, or after a removal.
+
+    Args:
+        photo (`Photo`): The photo.
+        mask (`np.ndarray` of shape `[H, W]`, *optional*): What was filled to make it, before the mask was grown.
+        command (`str`): The command line that makes it from the photo before it.
+    """
+
+    photo: Photo
+    mask: np.ndarray | None = None
+    command: str = ""
 
 
 class Session:
-    """One visitor's photo, mask and results. It is compared and hashed by identity, as gradio does with states."""
+    """One visitor's versions of a photo. It is compared and hashed by identity, as gradio does with states."""
 
     def __init__(self):
-        self.photo: Photo | None = None
-        self.view: Image.Image | None = None
-        self.mask: np.ndarray | None = None  # in the size of the view
-        # Whether the editor holds the mask: while it is out of sight it takes no layer, and this mask counts.
-        self.in_editor = True
-        self.shown: np.ndarray | None = None  # what the editor holds, as far as is known
-        self.outdated: list[tuple[float, np.ndarray]] = []  # what it held, until when it may still send it
-        self.embeddings = None
-        self.result: Photo | None = None
-        self.result_view: Image.Image | None = None
-        self.result_mask: np.ndarray | None = None
+        self.versions: dict[int, Version] = {}
+        self._next_id = 0
+        self.embeddings: tuple[int, list] | None = None  # of which version, for clicks
         self.folder = Path(tempfile.mkdtemp(prefix="moebius-demo-"))
         self._remove_folder = weakref.finalize(self, remove_folder, self.folder)
         self.stop_flag = self.folder / "stop"
 
-    def open(self, photo: Photo, mask: np.ndarray | None = None) -> None:
-        """Begins with a photo, and forgets the one before."""
+    def open(self, photo: Photo) -> int:
+        """Begins with a photo, and forgets the one before; returns its id."""
         self.stop()
-        self.photo, self.view = photo, photo.view()
-        size = self.view.size
-        self.mask = np.zeros((size[1], size[0]), bool) if mask is None else scale_mask(mask, size)
-        self.embeddings = self.result = self.result_view = self.result_mask = None
+        self.versions.clear()
+        self.embeddings = None
         for path in self.folder.iterdir():
             if path != self.stop_flag:
                 path.unlink(missing_ok=True)
+        return self.keep(Version(photo))
 
-    def to_editor(self) -> np.ndarray:
-        """The mask for the editor; until that has drawn it, it goes on to send what it held before."""
-        now = time.monotonic()
-        self.outdated = [(until, mask) for until, mask in self.outdated if until > now]
-        if self.shown is not None:
-            self.outdated.append((now + REDRAW_SECONDS, self.shown))
-        self.in_editor, self.shown = True, self.mask
-        return self.mask
+    def keep(self, version: Version) -> int:
+        """Keeps a version, and lets go of the oldest removals if all together are too large; returns its id."""
+        self._next_id += 1
+        self.versions[self._next_id] = version
+        while len(self.versions) > 2 and self._megapixels() > MAX_KEPT_MEGAPIXELS:
+            del self.versions[list(self.versions)[1]]
+        return self._next_id
 
-    def from_editor(self, painted: np.ndarray) -> None:
-        """Takes the mask that the editor sends, unless it has not drawn yet what it was given."""
-        now = time.monotonic()
-        if not any(until > now and np.array_equal(painted, mask) for until, mask in self.outdated):
-            self.mask = self.shown = painted
+    def _megapixels(self) -> float:
+        return sum(v.photo.image.width * v.photo.image.height for v in self.versions.values()) / 1e6
+
+    def version(self, version_id: int | None) -> Version:
+        if version_id not in self.versions:
+            raise VisitorError(
+                "This version of the photo is no longer kept. Please go on from a newer one, or open the photo again."
+                if self.versions
+                else "Choose a photo first."
+            )
+        return self.versions[version_id]
 
     def begin_run(self) -> Path:
         """A flag for a new run; the one before, if it still goes on, is told to stop."""
@@ -81,6 +93,7 @@ class Session:
     def close(self) -> None:
         """Stops, and deletes what is on the disk."""
         self.stop()
+        self.versions.clear()
         self._remove_folder()
 
 

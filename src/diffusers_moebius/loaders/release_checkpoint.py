@@ -85,6 +85,36 @@ def weight_names(variant: str | None = None, use_safetensors: bool | None = None
     return [f"{stem}.{variant}.{suffix}" for stem, suffix in (name.rsplit(".", 1) for name in names)]
 
 
+def find_release_weights(source: Any, folder: str, variant: str | None, use_safetensors: bool | None) -> str:
+    """The name of a checkpoint's file among those of a `ModelSource`, in the folder that `checkpoint` names."""
+    names = [f"{folder}/{name}" for name in weight_names(variant, use_safetensors)]
+    # A folder with a config is a component in the layout of diffusers, such as the autoencoder.
+    is_component = f"{folder}/config.json" in source.files
+    for name in names:
+        if name in source.files and not is_component:
+            return name
+    if source.is_cache:
+        raise source.not_cached_error()
+    folders = {
+        parent
+        for parent, _, name in (file.rpartition("/") for file in source.files)
+        if name in weight_names() and f"{parent}/config.json" not in source.files
+    }
+    if folder in folders:
+        raise ValueError(
+            f"`variant` and `use_safetensors` ask for {' or '.join(names)}, which {source.location} does not have."
+        )
+    if folders - {""}:
+        raise ValueError(
+            f"`checkpoint` must be one of {', '.join(sorted(folders - {''}))} for {source.location}, but is"
+            f" {folder!r}."
+        )
+    raise ValueError(
+        f"`{source.argument}` must hold model_index.json or folders with checkpoints of the release, but"
+        f" {source.location} does not."
+    )
+
+
 def read_state_dict(path: str | os.PathLike, disable_mmap: bool = False) -> dict[str, torch.Tensor]:
     """
     Reads a checkpoint file without running code that it may hold, and maps it into memory where possible.

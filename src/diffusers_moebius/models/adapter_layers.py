@@ -30,3 +30,5 @@ def remove_fused_adapters(model: nn.Module) -> None:
     for name, layer in adapter_layers(model).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        model.unload_lora()

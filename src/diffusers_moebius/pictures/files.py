@@ -186,13 +186,14 @@ def check_output(
 
     Raises:
         ValueError: If the suffix names no format that Pillow writes, the format cannot hold such pixels or metadata
-            in any way, the folder does not exist, or the file exists and `overwrite` is not set.
+            in any way, its folder is a file, or the file exists and `overwrite` is not set.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"The output {path} is a folder.")
-    if not path.parent.is_dir():
-        raise ValueError(f"The folder {path.parent} of the output {path} does not exist.")
+    folder = next(folder for folder in path.parents if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"The output {path} would be in {folder}, which is a file.")
     if path.exists() and not overwrite:
         raise ValueError(f"The output {path} exists already, and overwriting it was not asked for.")
     return _check_format(path, mode, metadata or ImageMetadata())
@@ -202,7 +203,7 @@ def write_image(
     image: Image.Image, path: str | os.PathLike, metadata: ImageMetadata | None = None, overwrite: bool = False
 ):
     """
-    Writes a picture file that is complete or absent, whatever interrupts the writing.
+    Writes a picture file that is complete or absent, whatever interrupts the writing; makes its folder if need be.
 
     A JPEG that comes from a JPEG keeps its quantisation tables and chroma subsampling; other JPEGs are written at
     quality 95 without subsampling. WebP and TIFF are written without loss. A format that cannot hold the picture's
@@ -248,9 +249,11 @@ def replace_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     Opens a file that takes the place of another when the block ends, and vanishes when an error ends it.
 
     Args:
-        path (`str` or `os.PathLike`): The file to be replaced, or made. A link stays; what it names is replaced.
+        path (`str` or `os.PathLike`): The file to be replaced, or made, with its folder. A link stays; what it names
+            is replaced.
     """
     target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("xb") as file:

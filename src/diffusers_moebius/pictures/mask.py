@@ -79,10 +79,9 @@ def read_mask(
         )
     mask = (values >= threshold) != invert
     share, border = mask.mean(), np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-    if share > LARGE_SHARE:
-        remarks.append(f"{share:.0%} of the photo is filled; if the rest is meant, invert the mask")
-    elif border.all():
-        remarks.append("the whole border of the photo is filled; if the rest is meant, invert the mask")
+    if share > LARGE_SHARE or border.all():
+        what = f"{share:.0%} of the photo" if share > LARGE_SHARE else "the whole border of the photo"
+        remarks.append(f"{what} is filled; if the rest is meant, invert the mask (`--invert-mask`)")
     return mask, remarks
 
 

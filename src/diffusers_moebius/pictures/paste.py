@@ -152,7 +152,7 @@ def paste_fill(
     Args:
         picture (`Picture`): The original.
         fill (`np.ndarray` of shape `[h, w, 3]`): The decoded picture in the box, floats in [0, 1].
-        mask (`np.ndarray` of shape `[H, W]`): Boolean mask of the whole picture, not empty.
+        mask (`np.ndarray` of shape `[H, W]`): Boolean mask of the whole picture. An empty one gives the original back.
         box (`tuple[int, int, int, int]`): Where `fill` belongs, `(left, top, right, bottom)`.
         paste (`str`, *optional*, defaults to `"exact"`): `"exact"` changes nothing outside the mask and blends inwards
             ([`feather_inwards`]), `"seamless"` changes nothing outside either and moves the colours inside
@@ -163,6 +163,8 @@ def paste_fill(
     Returns:
         `Picture`: A new picture with the alpha channel of the original.
     """
+    if not mask.any():
+        return picture
     left, top, right, bottom = box
     depth = picture.samples.dtype
     if paste == "blur" and picture.peak > 1:

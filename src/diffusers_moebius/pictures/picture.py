@@ -14,6 +14,8 @@ from PIL import Image
 # Rec. 601 luma, the weights of Pillow's own conversion to grey.
 LUMA = (0.299, 0.587, 0.114)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# No interpolation of floats from 0 to 1 goes so far below 0, and a photo from -1 to 1 hardly ever stays above it.
+_CLEARLY_SIGNED = -0.25
 
 
 @dataclass
@@ -241,11 +243,30 @@ def load_pictures(image: PipelineImageInput) -> list[Picture]:
     Args:
         image: A PIL image, a NumPy array `[H, W]`, `[H, W, C]` or `[B, H, W, C]`, a torch tensor `[H, W]`, `[C, H, W]`
             or `[B, C, H, W]`, or a list of single pictures of any size. Arrays and tensors hold `uint8` (0 to 255),
-            `uint16` (0 to 65535) or floats from 0 to 1, in one (grey), two (grey, alpha), three (RGB) or four (RGB,
-            alpha) channels. Pillow modes: 1, L, LA, P, PA, RGB, RGBA, CMYK, 16-bit grey, and F from 0 to 1. A colour
-            key or palette transparency becomes an alpha channel. EXIF orientation is not applied.
+            `uint16` (0 to 65535) or floats, in one (grey), two (grey, alpha), three (RGB) or four (RGB, alpha)
+            channels. Floats are from 0 to 1; or from -1 to 1 if any of the call is below -0.25, which tells the two
+            apart for certain (those between -0.25 and 0 are refused). Pillow modes: 1, L, LA, P, PA, RGB, RGBA, CMYK,
+            16-bit grey, and F from 0 to 1. A colour key or palette transparency becomes an alpha channel. EXIF
+            orientation is not applied.
 
     Returns:
         `list[Picture]`.
     """
-    return [read_picture(element, "image") for element in split_batch(image, "image")]
+    elements = split_batch(image, "image")
+    floats = [element for element in elements if _is_float(element)]
+    if any(element.min() < _CLEARLY_SIGNED for element in floats) and all(abs(each).max() <= 1 for each in floats):
+        elements = [(element + 1) / 2 if _is_float(element) else element for element in elements]
+    return [read_picture(element, "image") for element in elements]
+
+
+def _is_float(element: Image.Image | np.ndarray | torch.Tensor) -> bool:
+    if isinstance(element, torch.Tensor):
+        return element.is_floating_point() and element.numel() > 0
+    return isinstance(element, np.ndarray) and element.dtype.kind == "f" and element.size > 0
+
+
+def stack_results(results: list, output_type: str) -> list | np.ndarray | torch.Tensor:
+    """The results of a call: arrays, tensors and latents of one shape and type as one, others as the list."""
+    if output_type == "pil" or len({(tuple(result.shape), result.dtype) for result in results}) > 1:
+        return results
+    return np.stack(results) if output_type == "np" else torch.stack(results)

@@ -1,16 +1,145 @@
 """What the model sees of a photo: the region around the hole, its working size, and a first filling."""
 
 import math
+from dataclasses import dataclass
+from numbers import Integral
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.image_processor import PipelineImageInput
 
-from .mask import mask_box
+from .mask import dilate_mask, load_masks, mask_box
+from .picture import Picture, load_pictures
 
 # A working area may be this many times longer than it is wide.
 MAX_ASPECT_RATIO = 16
 MASKED_CONTENT = ("original", "fill", "noise")
+
+
+class ModelSizes(NamedTuple):
+    """
+    What a model asks of the sizes at which it works, in pixels.
+
+    Args:
+        latent (`int`, defaults to 8): Side of one latent.
+        native (`int`, defaults to 512): Side of the pictures that the model was trained on.
+        multiple (`int`, defaults to 32): What a working size must be divisible by.
+    """
+
+    latent: int = 8
+    native: int = 512
+    multiple: int = 32
+
+
+@dataclass
+class Region:
+    """
+    Where in a photo the model works, and at which size.
+
+    Args:
+        picture (`Picture`): The photo.
+        mask (`np.ndarray` of shape `[H, W]`): Boolean mask of the whole photo.
+        box (`tuple[int, int, int, int]`): The part to work on, `(left, top, right, bottom)`.
+        content_size (`tuple[int, int]`): Height and width at which the box runs.
+        multiple (`int`): What the size in the model must be divisible by; the box is padded to it.
+    """
+
+    picture: Picture
+    mask: np.ndarray
+    box: tuple[int, int, int, int]
+    content_size: tuple[int, int]
+    multiple: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in the model, padding included."""
+        return tuple(math.ceil(length / self.multiple) * self.multiple for length in self.content_size)
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The box as the model sees it: picture `[1, 3, H, W]` in [-1, 1] and mask `[1, 1, H, W]`."""
+        left, top, right, bottom = self.box
+        image = torch.from_numpy(np.ascontiguousarray(self.picture.rgb(self.box), np.float32)).permute(2, 0, 1)[None]
+        mask = torch.from_numpy(np.ascontiguousarray(self.mask[top:bottom, left:right], np.float32))[None, None]
+        image, mask = 2 * resize(image, *self.content_size) - 1, resize_mask(mask, *self.content_size)
+        return pad_to_multiple(image, self.multiple), pad_to_multiple(mask, self.multiple)
+
+    def fill(self, decoded: torch.Tensor) -> np.ndarray:
+        """What the model made of the box, `[3, H, W]` in [0, 1], in the box's own size `[h, w, 3]`."""
+        left, top, right, bottom = self.box
+        height, width = self.content_size
+        fill = resize(decoded[None, :, :height, :width].cpu(), bottom - top, right - left)
+        return fill[0].permute(1, 2, 0).numpy()
+
+
+def find_regions(
+    image: PipelineImageInput,
+    mask_image: PipelineImageInput,
+    sizes: ModelSizes,
+    mask_dilation: int = 0,
+    padding_mask_crop: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    mask_threshold: float = 0.5,
+    mask_source: str = "auto",
+) -> list[Region]:
+    """
+    Reads photos and masks, and finds where in each photo the model is to work.
+
+    Args:
+        image: The photos, in the forms of [`load_pictures`].
+        mask_image: Their masks, in the forms of [`load_masks`].
+        sizes ([`ModelSizes`]): What the model asks of sizes.
+        mask_dilation (`int`, defaults to 0): Pixels by which the masks grow first.
+        padding_mask_crop (`int`, *optional*): Margin around the mask's box; by default the whole photo is worked on.
+        height (`int`, *optional*): Height to work at, see [`working_size`].
+        width (`int`, *optional*): Width to work at.
+        mask_threshold (`float`, defaults to 0.5): As in [`load_masks`].
+        mask_source (`str`, defaults to `"auto"`): As in [`load_masks`].
+
+    Returns:
+        `list[Region]`: One a photo.
+    """
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and (not isinstance(value, Integral) or value < 1 or value % sizes.multiple):
+            raise ValueError(f"`{name}` must be a positive multiple of {sizes.multiple}, but is {value}.")
+    for name, value in (("mask_dilation", mask_dilation), ("padding_mask_crop", padding_mask_crop)):
+        if value is not None and (not isinstance(value, Integral) or value < 0):
+            raise ValueError(f"`{name}` must be a whole number of at least 0, but is {value}.")
+    pictures = load_pictures(image)
+    masks = load_masks(mask_image, pictures, mask_threshold, mask_source)
+    masks = [dilate_mask(mask, mask_dilation) for mask in masks]
+    return [
+        find_region(picture, mask, sizes, padding_mask_crop, height, width) for picture, mask in zip(pictures, masks)
+    ]
+
+
+def find_region(
+    picture: Picture,
+    mask: np.ndarray,
+    sizes: ModelSizes,
+    padding_mask_crop: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Region:
+    """Finds where in one photo the model is to work; the arguments are those of [`find_regions`]."""
+    min_size = 2 * sizes.latent
+    if min(picture.height, picture.width) < min_size:
+        raise ValueError(
+            f"`image` is {picture.width}×{picture.height} px; both sides must have at least {min_size} px."
+        )
+    box = (0, 0, picture.width, picture.height)
+    if padding_mask_crop is not None and mask.any():
+        box = crop_region(mask, padding_mask_crop, min_size)
+    box_height, box_width = box[3] - box[1], box[2] - box[0]
+    if max(box_height, box_width) > MAX_ASPECT_RATIO * min(box_height, box_width):
+        raise ValueError(
+            f"`image` has {box_width}×{box_height} px to work on; one side may be at most {MAX_ASPECT_RATIO} times "
+            "the other. With `padding_mask_crop` only the mask's surroundings count."
+        )
+    content_size = working_size(box_height, box_width, sizes.native, height, width)
+    return Region(picture, mask, box, content_size, sizes.multiple)
 
 
 def _widen(start: int, stop: int, length: int, limit: int) -> tuple[int, int]:

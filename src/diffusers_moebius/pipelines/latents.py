@@ -1,12 +1,16 @@
 """Between pictures and the latents that the denoiser works on, for inference and training alike."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from diffusers.models import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..pictures.region import Region, fill_hole
 
 # Pipelines may share a VAE, so the lock that guards its precision belongs to no pipeline.
 _PRECISION_LOCK = threading.Lock()
@@ -82,6 +86,126 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) 
     """
     with _precision(vae, latents.device) as dtype:
         return vae.decode(unscale_latents(vae, latents).to(dtype), return_dict=False)[0].float()
+
+
+def decode_pictures(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) -> torch.Tensor:
+    """
+    Decodes the latents of a result to pictures `[B, 3, H, W]`, float32 in [0, 1].
+
+    Raises:
+        ValueError: If they decode to values that are not finite.
+    """
+    image = decode_latents(vae, latents)
+    if not image.isfinite().all():
+        raise ValueError(
+            "The result holds NaN or infinite values. Check `latents` and `masked_image_latents`, or load the "
+            "pipeline with `dtype` float32 or bfloat16 instead of float16."
+        )
+    return (image / 2 + 0.5).clamp(0, 1)
+
+
+def stack_regions(regions: list[Region], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures `[B, 3, H, W]` in [-1, 1] and masks `[B, 1, H, W]` of regions that work at one size."""
+    image, mask = (torch.cat(tensors) for tensors in zip(*(region.tensors() for region in regions)))
+    return image.to(device), mask.to(device)
+
+
+def select_latents(
+    latents: torch.Tensor | list[torch.Tensor] | None, rows: Iterable[int], device: torch.device
+) -> torch.Tensor | None:
+    """The rows of latents that a caller gave, as one batch in float32; `None` if there are none."""
+    return None if latents is None else torch.stack([latents[row] for row in rows]).to(device, torch.float32)
+
+
+def encode_pictures(
+    vae: AutoencoderKL | AutoencoderTiny,
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    latents: torch.Tensor | None,
+    masked_image_latents: torch.Tensor | None,
+    strength: float,
+    masked_content: str,
+    generator: torch.Generator | list[torch.Generator] | None,
+    samples_per_image: int = 1,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """
+    What the denoiser is told of pictures with holes; latents that were given are not computed.
+
+    Args:
+        vae ([`AutoencoderKL`] or [`AutoencoderTiny`]): The autoencoder.
+        image (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
+        mask (`torch.Tensor` of shape `[B, 1, H, W]`): 1 is filled.
+        latents (`torch.Tensor`, *optional*): Latents to start from, if they were given.
+        masked_image_latents (`torch.Tensor`, *optional*): Latents of the masked pictures, if they were given.
+        strength (`float`): Below 1 the start is the noised pictures.
+        masked_content (`str`): With `"fill"` their holes are filled first ([`fill_hole`]).
+        generator (`torch.Generator` or a list of them, *optional*): Source of the samples.
+        samples_per_image (`int`, defaults to 1): Results a picture.
+
+    Returns:
+        `tuple`: Latents of the pictures to start from (`None` if not needed), latents of the masked pictures, and
+        masks in latent size, one a result.
+    """
+    image_latents = None
+    if latents is None and strength < 1:
+        start = fill_hole(image, mask) if masked_content == "fill" else image
+        image_latents = encode_latents(vae, start, generator, samples_per_image)
+    if masked_image_latents is None:
+        masked_image_latents = encode_latents(vae, image * (1 - mask), generator, samples_per_image)
+    mask = F.interpolate(mask, size=masked_image_latents.shape[2:], mode="nearest")
+    return image_latents, masked_image_latents, mask.repeat_interleave(samples_per_image, dim=0)
+
+
+def prepare_noise(
+    shape: tuple[int, ...],
+    noise_offset: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Gaussian noise and, scaled by `noise_offset`, one more draw that is constant over each channel."""
+    noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if noise_offset:
+        noise = noise + noise_offset * randn_tensor((*shape[:2], 1, 1), generator, device, torch.float32)
+    return noise
+
+
+def prepare_latents(
+    latents: torch.Tensor | None,
+    image_latents: torch.Tensor | None,
+    masked_image_latents: torch.Tensor,
+    mask: torch.Tensor,
+    scheduler,
+    timestep: torch.Tensor,
+    noise_offset: float,
+    masked_content: str,
+    generator: torch.Generator | list[torch.Generator] | None,
+) -> torch.Tensor:
+    """
+    The latents to start from: those given, the noised latents of pictures, or pure noise.
+
+    Args:
+        latents (`torch.Tensor` of shape `[B, 4, h, w]`, *optional*): Given ones, used as they are.
+        image_latents (`torch.Tensor` of shape `[B, 4, h, w]`, *optional*): Latents of pictures to start from.
+        masked_image_latents (`torch.Tensor` of shape `[B, 4, h, w]`): Latents of the masked pictures.
+        mask (`torch.Tensor` of shape `[B, 1, h, w]`): 1 is filled.
+        scheduler ([`SchedulerMixin`]): Scheduler with its timesteps set.
+        timestep (`torch.Tensor`): The first timestep.
+        noise_offset (`float`): See [`prepare_noise`].
+        masked_content (`str`): With `"noise"` the holes of `image_latents` are noise before they are noised.
+        generator (`torch.Generator` or a list of them, *optional*): Source of the noise.
+
+    Returns:
+        `torch.Tensor` of shape `[B, 4, h, w]`, float32.
+    """
+    if latents is not None:
+        return latents
+    shape = masked_image_latents.shape
+    noise = prepare_noise(shape, noise_offset, generator, mask.device)
+    if image_latents is None:
+        return noise * scheduler.init_noise_sigma
+    if masked_content == "noise":
+        image_latents = torch.where(mask > 0, prepare_noise(shape, 0.0, generator, mask.device), image_latents)
+    return scheduler.add_noise(image_latents, noise, timestep.expand(len(noise)))
 
 
 def predicted_clean_latents(

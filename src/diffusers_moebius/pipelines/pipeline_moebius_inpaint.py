@@ -1,48 +1,40 @@
 """The inpainting pipeline of Moebius."""
 
 import copy
-import inspect
-import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from numbers import Integral
+from collections.abc import Callable
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.models import AutoencoderKL, AutoencoderTiny
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers, UniPCMultistepScheduler
 from diffusers.utils import logging, replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
 
-from ..loaders.lora import MoebiusLoraLoaderMixin
-from ..loaders.pipeline_loader import MoebiusLoaderMixin
+from ..models.adapter_layers import remove_fused_adapters
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
-from ..pictures.mask import dilate_mask, load_masks
-from ..pictures.paste import PASTE_MODES, paste_fill
-from ..pictures.picture import OUTPUT_TYPES, Picture, load_pictures
-from ..pictures.region import (
-    MASKED_CONTENT,
-    MAX_ASPECT_RATIO,
-    crop_region,
-    fill_hole,
-    pad_to_multiple,
-    resize,
-    resize_mask,
-    working_size,
-)
+from ..pictures.paste import paste_fill
+from ..pictures.picture import stack_results
+from ..pictures.region import Region, find_regions
+from .denoising import embed_categories, predict_noise, prepare_model_input, scheduler_step, set_timesteps
+from .inputs import check_latents, check_options, model_sizes, prepare_generator
+from .latents import decode_pictures, encode_pictures, prepare_latents, select_latents, stack_regions
+
+try:
+    from ..loaders.hub import MoebiusLoaderMixin
+    from ..loaders.lora import MoebiusLoraLoaderMixin
+except ModuleNotFoundError as error:  # this file lies in a saved pipeline, where it loads and saves as diffusers does
+    if not __name__.startswith("diffusers_modules."):
+        raise error
+
+    class MoebiusLoaderMixin: ...
+
+    class MoebiusLoraLoaderMixin: ...
+
 
 logger = logging.get_logger(__name__)
-
-# Pipelines made by `from_pipe` share their VAE, so the lock that guards its precision belongs to no pipeline.
-_VAE_PRECISION_LOCK = threading.Lock()
 
 # Share of few steps, the first ones, that go without guidance; see `MoebiusInpaintPipeline.use_few_steps`.
 UNGUIDED_SHARE = 0.4
@@ -119,12 +111,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             default_paste=default_paste,
             default_guidance_start=default_guidance_start,
         )
-        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
-        has_unet = getattr(self, "unet", None) is not None
-        levels = len(self.unet.config.block_out_channels) if has_unet else 3
-        # Side in pixels of the pictures that the model was trained on, and what a working size must be divisible by.
-        self.native_size = (self.unet.config.sample_size if has_unet else 64) * self.vae_scale_factor
-        self.size_multiple = self.vae_scale_factor * 2 ** (levels - 1)
+        self.sizes = model_sizes(getattr(self, "vae", None), getattr(self, "unet", None))
+        self.vae_scale_factor = self.sizes.latent
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "MoebiusInpaintPipeline":
@@ -149,6 +137,13 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         if dtype is not None or torch_dtype is not None:
             new_pipeline.to(dtype=dtype or torch_dtype)
         return new_pipeline
+
+    @property
+    def modular_blocks(self) -> type:
+        """The class of the blocks that do the same in Modular Diffusers."""
+        from .modular_blocks_moebius import MoebiusAutoBlocks
+
+        return MoebiusAutoBlocks
 
     @property
     def guidance_scale(self) -> float:
@@ -184,7 +179,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         """
         if hasattr(self.unet, "fuse_for_inference"):
             self.unet.fuse_for_inference()
-        self.keep_fused_adapters()
+        remove_fused_adapters(self.unet)
         if dtype is not None:
             self.unet.to(dtype)
         if compile:
@@ -206,10 +201,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         Returns:
             [`MoebiusInpaintPipeline`]: The same object.
         """
-        if not isinstance(num_inference_steps, Integral) or num_inference_steps < 1:
-            raise ValueError(
-                f"`num_inference_steps` must be a whole number of at least 1, but is {num_inference_steps}."
-            )
+        check_options(num_inference_steps=num_inference_steps)
         if self.config.default_num_inference_steps > num_inference_steps:
             self.scheduler = UniPCMultistepScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
             self.register_to_config(
@@ -235,280 +227,6 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         """Encodes and decodes pictures in one piece again."""
         self.vae.disable_tiling()
 
-    def check_inputs(
-        self,
-        height,
-        width,
-        padding_mask_crop,
-        strength,
-        masked_content,
-        num_inference_steps,
-        timesteps,
-        sigmas,
-        guidance_scale,
-        guidance_start,
-        guidance_end,
-        num_images_per_prompt,
-        eta,
-        noise_offset,
-        mask_dilation,
-        paste,
-        output_type,
-        callback_on_step_end_tensor_inputs,
-    ):
-        for name, value in (("height", height), ("width", width)):
-            if value is not None and (not isinstance(value, Integral) or value < 1 or value % self.size_multiple):
-                raise ValueError(f"`{name}` must be a positive multiple of {self.size_multiple}, but is {value}.")
-        for name, value, least in (
-            ("num_inference_steps", num_inference_steps, 1),
-            ("num_images_per_prompt", num_images_per_prompt, 1),
-            ("mask_dilation", mask_dilation, 0),
-            ("padding_mask_crop", 0 if padding_mask_crop is None else padding_mask_crop, 0),
-        ):
-            if not isinstance(value, Integral) or value < least:
-                raise ValueError(f"`{name}` must be a whole number of at least {least}, but is {value}.")
-        if not 0 < strength <= 1:
-            raise ValueError(f"`strength` must be above 0 and at most 1, but is {strength}.")
-        if masked_content not in MASKED_CONTENT:
-            raise ValueError(
-                f"`masked_content` must be one of {', '.join(map(repr, MASKED_CONTENT))}, but is {masked_content!r}."
-            )
-        if masked_content != "original" and strength == 1:
-            raise ValueError(
-                f"`masked_content` {masked_content!r} needs a `strength` below 1, but that is 1, where the start is"
-                " pure noise."
-            )
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"`guidance_scale` must be a finite number, but is {guidance_scale}.")
-        if not 0 <= guidance_start <= guidance_end <= 1:
-            raise ValueError(
-                "`guidance_start` and `guidance_end` must be fractions with 0 <= start <= end <= 1, but are "
-                f"{guidance_start} and {guidance_end}."
-            )
-        for name, value in (("eta", eta), ("noise_offset", noise_offset)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"`{name}` must be a finite number of at least 0, but is {value}.")
-        for name, value in (("timesteps", timesteps), ("sigmas", sigmas)):
-            if value is not None and len(value) == 0:
-                raise ValueError(f"`{name}` is empty; at least one step is needed.")
-        if paste not in PASTE_MODES:
-            raise ValueError(f"`paste` must be one of 'auto', {', '.join(map(repr, PASTE_MODES))}, but is {paste!r}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but holds "
-                f"{sorted(unknown)}."
-            )
-
-    def prepare_generator(
-        self, generator: torch.Generator | list[torch.Generator] | None, num_pictures: int, num_images_per_prompt: int
-    ) -> list[torch.Generator] | torch.Generator | None:
-        """One generator a result, or the single one (or none) that was given."""
-        if generator is None:
-            return None
-        for each in generator if isinstance(generator, (list, tuple)) else [generator]:
-            if not isinstance(each, torch.Generator):
-                raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
-        if isinstance(generator, torch.Generator):
-            return generator
-        if len(generator) == num_pictures:
-            return [each for each in generator for _ in range(num_images_per_prompt)]
-        if len(generator) != num_pictures * num_images_per_prompt:
-            raise ValueError(
-                f"`generator` holds {len(generator)} generators for {num_pictures} pictures with "
-                f"{num_images_per_prompt} results each; allowed are one a picture or one a result."
-            )
-        return list(generator)
-
-    def prepare_region(
-        self,
-        picture: Picture,
-        mask: np.ndarray,
-        padding_mask_crop: int | None,
-        height: int | None,
-        width: int | None,
-    ) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
-        """The box `(left, top, right, bottom)` to work on, and the height and width at which it runs, unpadded."""
-        min_size = 2 * self.vae_scale_factor
-        if min(picture.height, picture.width) < min_size:
-            raise ValueError(
-                f"`image` is {picture.width}×{picture.height} px; both sides must have at least {min_size} px."
-            )
-        box = (0, 0, picture.width, picture.height)
-        if padding_mask_crop is not None and mask.any():
-            box = crop_region(mask, padding_mask_crop, min_size)
-        box_height, box_width = box[3] - box[1], box[2] - box[0]
-        if max(box_height, box_width) > MAX_ASPECT_RATIO * min(box_height, box_width):
-            raise ValueError(
-                f"`image` has {box_width}×{box_height} px to work on; one side may be at most "
-                f"{MAX_ASPECT_RATIO} times the other. With `padding_mask_crop` only the mask's surroundings count."
-            )
-        return box, working_size(box_height, box_width, self.native_size, height, width)
-
-    def prepare_image(
-        self, picture: Picture, mask: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The box as the model sees it: picture `[1, 3, H, W]` in [-1, 1] and mask `[1, 1, H, W]`."""
-        left, top, right, bottom = box
-        image = torch.from_numpy(np.ascontiguousarray(picture.rgb(box), np.float32)).permute(2, 0, 1)[None]
-        mask = torch.from_numpy(np.ascontiguousarray(mask[top:bottom, left:right], np.float32))[None, None]
-        image = 2 * resize(image, *size) - 1
-        mask = resize_mask(mask, *size)
-        return pad_to_multiple(image, self.size_multiple), pad_to_multiple(mask, self.size_multiple)
-
-    @contextmanager
-    def _vae_precision(self, device: torch.device) -> Iterator[torch.dtype]:
-        """Runs the VAE outside autocast and, where float16 would overflow (`force_upcast`), in float32."""
-        with torch.autocast(device.type, enabled=False):
-            if not self.vae.config.get("force_upcast", False):
-                yield self.vae.dtype
-                return
-            with _VAE_PRECISION_LOCK:
-                dtype = self.vae.dtype
-                if dtype == torch.float16:
-                    self.vae.to(torch.float32)
-                    try:
-                        yield torch.float32
-                    finally:
-                        self.vae.to(torch.float16)
-                    return
-            yield dtype
-
-    def _latent_scale(self) -> tuple[float, float]:
-        """Factor and shift between the VAE's latents and those of the denoiser."""
-        return self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
-
-    def encode_image(
-        self,
-        image: torch.Tensor,
-        num_images_per_prompt: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        device: torch.device,
-    ) -> torch.Tensor:
-        """
-        Encodes pictures to scaled latents, by a sample of the posterior where the VAE has one.
-
-        Args:
-            image (`torch.Tensor` of shape `[B, 3, H, W]`): Pictures in [-1, 1].
-            num_images_per_prompt (`int`): Samples a picture.
-            generator (`torch.Generator` or a list of `B * num_images_per_prompt`, *optional*): Source of the samples.
-            device (`torch.device`): Where to compute.
-
-        Returns:
-            `torch.Tensor` of shape `[B * num_images_per_prompt, 4, H / 8, W / 8]`, float32.
-        """
-        with self._vae_precision(device) as dtype:
-            encoded = self.vae.encode(image.to(device=device, dtype=dtype))
-        if hasattr(encoded, "latent_dist"):
-            parameters = encoded.latent_dist.parameters.float().repeat_interleave(num_images_per_prompt, dim=0)
-            latents = DiagonalGaussianDistribution(parameters).sample(generator)
-        else:
-            latents = encoded.latents.float().repeat_interleave(num_images_per_prompt, dim=0)
-        factor, shift = self._latent_scale()
-        return (latents - shift) * factor
-
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """
-        Decodes latents to pictures.
-
-        Args:
-            latents (`torch.Tensor` of shape `[B, 4, h, w]`): Scaled latents.
-
-        Returns:
-            `torch.Tensor` of shape `[B, 3, 8 * h, 8 * w]`, float32 in [0, 1].
-        """
-        factor, shift = self._latent_scale()
-        with self._vae_precision(latents.device) as dtype:
-            image = self.vae.decode((latents / factor + shift).to(dtype), return_dict=False)[0]
-        image = image.float()
-        if not image.isfinite().all():
-            raise ValueError(
-                "The result holds NaN or infinite values. Check `latents` and `masked_image_latents`, or load the "
-                "pipeline with `dtype` float32 or bfloat16 instead of float16."
-            )
-        return (image / 2 + 0.5).clamp(0, 1)
-
-    def prepare_noise(
-        self,
-        shape: tuple[int, ...],
-        noise_offset: float,
-        generator: torch.Generator | list[torch.Generator] | None,
-        device: torch.device,
-    ) -> torch.Tensor:
-        """Gaussian noise and, scaled by `noise_offset`, one more draw that is constant over each channel."""
-        noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if noise_offset:
-            noise = noise + noise_offset * randn_tensor((*shape[:2], 1, 1), generator, device, torch.float32)
-        return noise
-
-    def prepare_latents(
-        self, image_latents: torch.Tensor | None, noise: torch.Tensor, scheduler, timestep: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        The latents to start from: pure noise, or the noised latents of a picture.
-
-        Args:
-            image_latents (`torch.Tensor` of shape `[B, 4, h, w]`, *optional*): Where to start; `None` is pure noise.
-            noise (`torch.Tensor` of shape `[B, 4, h, w]`): The noise.
-            scheduler ([`SchedulerMixin`]): Scheduler with its timesteps set.
-            timestep (`torch.Tensor`): The first timestep.
-        """
-        if image_latents is None:
-            return noise * scheduler.init_noise_sigma
-        return scheduler.add_noise(image_latents, noise, timestep.expand(noise.shape[0]))
-
-    def set_timesteps(
-        self,
-        scheduler,
-        num_inference_steps: int,
-        device: torch.device,
-        timesteps: list[int] | None = None,
-        sigmas: list[float] | None = None,
-    ) -> int:
-        """
-        Sets the timesteps of a scheduler: the given ones, or as many as are asked for; returns their number.
-
-        The function of diffusers for this is in a module that imports transformers, which takes seconds.
-        """
-        given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
-        if len(given) > 1:
-            raise ValueError("Only one of `timesteps` and `sigmas` can be given.")
-        for name in given:
-            if name not in inspect.signature(scheduler.set_timesteps).parameters:
-                raise ValueError(f"`{name}` cannot be given to a {type(scheduler).__name__}.")
-        scheduler.set_timesteps(**(given or {"num_inference_steps": num_inference_steps}), device=device)
-        return len(scheduler.timesteps) if given else num_inference_steps
-
-    def get_timesteps(self, scheduler, num_inference_steps: int, strength: float) -> torch.Tensor:
-        """The scheduler's timesteps that `strength` leaves, of which the first is where the scheduler will begin."""
-        kept = int(num_inference_steps * strength)
-        if kept < 1:
-            raise ValueError(
-                f"`strength` {strength} of {num_inference_steps} `num_inference_steps` leaves no step to run; raise "
-                "either (1.0 runs all)."
-            )
-        begin = (num_inference_steps - kept) * scheduler.order
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(begin)
-        return scheduler.timesteps[begin:]
-
-    def check_latents(
-        self, name: str, value: torch.Tensor | list[torch.Tensor] | None, sizes: list[tuple[int, int]]
-    ) -> None:
-        """Checks that latents were given for each result, of the height and width in pixels at which it works."""
-        if value is None:
-            return
-        if len(value) != len(sizes):
-            raise ValueError(f"`{name}` holds {len(value)} latents for {len(sizes)} results; allowed is one each.")
-        for row, (latents, size) in enumerate(zip(value, sizes)):
-            expected = (self.vae.config.latent_channels, *(length // self.vae_scale_factor for length in size))
-            if tuple(latents.shape) != expected:
-                raise ValueError(
-                    f"`{name}` must have the shape {list(expected)} for result {row}, but has {list(latents.shape)}."
-                )
-
     def denoise(
         self,
         scheduler,
@@ -519,7 +237,9 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         guidance_scale: float,
         guidance_start: float,
         guidance_end: float,
-        step_kwargs: dict,
+        attention_kwargs: dict | None,
+        eta: float,
+        generator: torch.Generator | list[torch.Generator] | None,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
         progress_bar,
@@ -533,51 +253,24 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             latents (`torch.Tensor` of shape `[B, 4, h, w]`): Where to start.
             mask (`torch.Tensor` of shape `[B, 1, h, w]`): 1 is filled.
             masked_image_latents (`torch.Tensor` of shape `[B, 4, h, w]`): Scaled latents of the masked pictures.
-            step_kwargs (`dict`): What `scheduler.step` takes besides the prediction.
 
         Returns:
             `torch.Tensor` of shape `[B, 4, h, w]`, float32.
         """
-        dtype, device = self.unet.dtype, latents.device
-        # Batch order of the guidance: the unconditional branch (foreground), then the conditional one (background).
-        categories = [
-            self.lcg_embedder.category_ids(category, len(latents), device) for category in ("foreground", "background")
-        ]
-        category_embeds = self.lcg_embedder(torch.cat(categories)).to(dtype)  # [2 * B, tokens, dim]
+        category_embeds = embed_categories(self.lcg_embedder, len(latents), latents.device)
         background_embeds = category_embeds.chunk(2)[1]
-
-        # What the layers compute from the tokens alone is kept for the run; a callback may change tokens or adapters.
-        guided_kwargs, background_kwargs = {}, {}
-        if callback_on_step_end is None and "context_cache" in inspect.signature(self.unet.forward).parameters:
-            guided_kwargs, background_kwargs = {"context_cache": {}}, {"context_cache": {}}
 
         for i, t in enumerate(timesteps):
             if self.interrupt:
                 break
-            latent_model_input = scheduler.scale_model_input(latents, t)
-            latent_model_input = torch.cat([latent_model_input, mask, masked_image_latents], dim=1).to(dtype)
-
+            model_input = prepare_model_input(scheduler, latents, t, mask, masked_image_latents)
             in_interval = i / len(timesteps) >= guidance_start and (i + 1) / len(timesteps) <= guidance_end
             if guidance_scale > 1 and in_interval:
-                noise_pred = self.unet(
-                    torch.cat([latent_model_input] * 2),
-                    t,
-                    encoder_hidden_states=category_embeds,
-                    return_dict=False,
-                    **guided_kwargs,
-                )[0].float()
-                noise_pred_foreground, noise_pred_background = noise_pred.chunk(2)
-                noise_pred = noise_pred_foreground + guidance_scale * (noise_pred_background - noise_pred_foreground)
+                foreground, background = predict_noise(self.unet, model_input, t, category_embeds, attention_kwargs)
+                noise_pred = foreground + guidance_scale * (background - foreground)
             else:
-                noise_pred = self.unet(
-                    latent_model_input,
-                    t,
-                    encoder_hidden_states=background_embeds,
-                    return_dict=False,
-                    **background_kwargs,
-                )[0].float()
-
-            latents = scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
+                (noise_pred,) = predict_noise(self.unet, model_input, t, background_embeds, attention_kwargs)
+            latents = scheduler_step(scheduler, noise_pred, t, latents, eta, generator)
 
             if callback_on_step_end is not None:
                 callback_kwargs = {}
@@ -598,6 +291,19 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
 
             progress_bar.update()
         return latents
+
+    def batches(self, regions: list[Region], keep_empty: bool) -> dict[tuple[int, int], list[int]]:
+        """The indices of regions by working size; regions with an empty mask are left out with a warning."""
+        batches: dict[tuple[int, int], list[int]] = {}
+        for index, region in enumerate(regions):
+            if keep_empty or region.mask.any():
+                batches.setdefault(region.size, []).append(index)
+            else:
+                logger.warning(
+                    f"`mask_image` is empty for picture {index} (no value reaches half of white): the picture is "
+                    "returned unchanged."
+                )
+        return batches
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -629,6 +335,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         latents: torch.Tensor | list[torch.Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        attention_kwargs: dict | None = None,
         callback_on_step_end: Callable[["MoebiusInpaintPipeline", int, int, dict], dict]
         | PipelineCallback
         | MultiPipelineCallbacks
@@ -641,10 +348,11 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
                 The photos. NumPy arrays are `[H, W]`, `[H, W, C]` or `[B, H, W, C]`, torch tensors `[H, W]`,
-                `[C, H, W]` or `[B, C, H, W]`, both `uint8`, `uint16` or floats from 0 to 1 (a range of [-1, 1] is
-                refused). Grey, palette, RGB, CMYK, 16-bit grey and pictures with an alpha channel are accepted. A list
-                may mix sizes. Both sides have at least 16 px, and one is at most 16 times the other. EXIF orientation
-                is not applied: a picture is taken as its pixels lie.
+                `[C, H, W]` or `[B, C, H, W]`, both `uint8`, `uint16` or floats from 0 to 1, or from -1 to 1 if
+                any is below -0.25 (results are from 0 to 1 all the same). Grey, palette, RGB, CMYK, 16-bit grey and
+                pictures with an alpha channel are accepted. A list may mix sizes. Both sides have at least 16 px, and
+                one is at most 16 times the other. EXIF orientation is not applied: a picture is taken as its pixels
+                lie.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
                 White is filled, from `mask_threshold` on. One mask for all photos or one each, of the photo's size or
                 at least its aspect ratio; also boolean, or of whole numbers 0 and 1. A mask with an alpha channel that
@@ -726,6 +434,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 bits); arrays and tensors have its channels (CMYK comes as RGB) and, of float inputs, its type.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*):
+                Handed to the U-Net: `{"scale": s}` multiplies the weights of the active LoRA adapters in this call.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback_on_step_end(pipeline, step, timestep, callback_kwargs)` after each step; the
                 tensors in the dict that it returns replace those of the call. Photos of one working size run as one
@@ -752,41 +462,40 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             num_inference_steps = self.config.default_num_inference_steps
 
         # 1. Check everything before anything is computed
-        self.check_inputs(
+        check_options(
+            strength=strength,
+            masked_content=masked_content,
+            guidance_scale=guidance_scale,
+            guidance_start=guidance_start,
+            guidance_end=guidance_end,
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            noise_offset=noise_offset,
+            paste=paste,
+            output_type=output_type,
+        )
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, but holds "
+                f"{sorted(unknown)}."
+            )
+        regions = find_regions(
+            image,
+            mask_image,
+            self.sizes,
+            mask_dilation,
+            padding_mask_crop,
             height,
             width,
-            padding_mask_crop,
-            strength,
-            masked_content,
-            num_inference_steps,
-            timesteps,
-            sigmas,
-            guidance_scale,
-            guidance_start,
-            guidance_end,
-            num_images_per_prompt,
-            eta,
-            noise_offset,
-            mask_dilation,
-            paste,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+            mask_threshold,
+            mask_source,
         )
-        pictures = load_pictures(image)
-        masks = load_masks(mask_image, pictures, mask_threshold, mask_source)
-        masks = [dilate_mask(mask, mask_dilation) for mask in masks]
-        generator = self.prepare_generator(generator, len(pictures), num_images_per_prompt)
-        regions = [
-            self.prepare_region(picture, mask, padding_mask_crop, height, width)
-            for picture, mask in zip(pictures, masks)
-        ]
-        sizes = [
-            tuple(math.ceil(length / self.size_multiple) * self.size_multiple for length in size)
-            for _, size in regions
-        ]
-        result_sizes = [size for size in sizes for _ in range(num_images_per_prompt)]
-        self.check_latents("latents", latents, result_sizes)
-        self.check_latents("masked_image_latents", masked_image_latents, result_sizes)
+        generator = prepare_generator(generator, len(regions), num_images_per_prompt)
+        channels = self.vae.config.latent_channels
+        result_sizes = [region.size for region in regions for _ in range(num_images_per_prompt)]
+        check_latents("latents", latents, result_sizes, channels, self.sizes)
+        check_latents("masked_image_latents", masked_image_latents, result_sizes, channels, self.sizes)
 
         self._guidance_scale = guidance_scale
         self._interrupt = False
@@ -794,58 +503,47 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
 
         # 2. Timesteps, on a scheduler of this call's own
         scheduler = copy.deepcopy(self.scheduler)
-        num_inference_steps = self.set_timesteps(scheduler, num_inference_steps, device, timesteps, sigmas)
-        timesteps = self.get_timesteps(scheduler, num_inference_steps, strength)
+        timesteps = set_timesteps(scheduler, num_inference_steps, strength, device, timesteps, sigmas)
         self._num_timesteps = len(timesteps)
-        step_parameters = inspect.signature(scheduler.step).parameters
 
         # 3. Pictures of one working size run as one batch
-        batches: dict[tuple[int, int], list[int]] = {}
-        for index, size in enumerate(sizes):
-            if output_type == "latent" or masks[index].any():
-                batches.setdefault(size, []).append(index)
-            else:
-                logger.warning(
-                    f"`mask_image` is empty for picture {index} (no value reaches half of white): the picture is "
-                    "returned unchanged."
-                )
-        results: list = [None] * (len(pictures) * num_images_per_prompt)
-
+        batches = self.batches(regions, keep_empty=output_type == "latent")
+        results: list = [None] * (len(regions) * num_images_per_prompt)
         with self.progress_bar(total=len(batches) * len(timesteps)) as progress_bar:
-            for size, indices in batches.items():
+            for indices in batches.values():
                 if self.interrupt and output_type != "latent":
                     break
                 rows = [i * num_images_per_prompt + n for i in indices for n in range(num_images_per_prompt)]
                 batch_generator = [generator[row] for row in rows] if isinstance(generator, list) else generator
                 batch_scheduler = copy.deepcopy(scheduler)
-                latent_size = (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor)
-                latent_shape = (self.vae.config.latent_channels, *latent_size)
 
                 # 4. Latents of the pictures, of the masked pictures, and to start from
-                prepared = [self.prepare_image(pictures[i], masks[i], *regions[i]) for i in indices]
-                init_image, mask = (torch.cat(tensors) for tensors in zip(*prepared))
-                image_latents = None
-                if latents is None and strength < 1:
-                    start = fill_hole(init_image, mask) if masked_content == "fill" else init_image
-                    image_latents = self.encode_image(start, num_images_per_prompt, batch_generator, device)
-                if masked_image_latents is None:
-                    masked_image = init_image * (1 - mask)
-                    batch_masked = self.encode_image(masked_image, num_images_per_prompt, batch_generator, device)
-                else:
-                    batch_masked = torch.stack([masked_image_latents[row] for row in rows]).to(device, torch.float32)
-                mask = F.interpolate(mask, size=latent_size, mode="nearest").to(device)
-                mask = mask.repeat_interleave(num_images_per_prompt, dim=0)
-                if latents is None:
-                    noise = self.prepare_noise((len(rows), *latent_shape), noise_offset, batch_generator, device)
-                    if masked_content == "noise":
-                        content = self.prepare_noise((len(rows), *latent_shape), 0.0, batch_generator, device)
-                        image_latents = torch.where(mask > 0, content, image_latents)
-                    batch_latents = self.prepare_latents(image_latents, noise, batch_scheduler, timesteps[:1])
-                else:
-                    batch_latents = torch.stack([latents[row] for row in rows]).to(device, torch.float32)
+                init_image, mask = stack_regions([regions[i] for i in indices], device)
+                batch_latents = select_latents(latents, rows, device)
+                image_latents, batch_masked, mask = encode_pictures(
+                    self.vae,
+                    init_image,
+                    mask,
+                    batch_latents,
+                    select_latents(masked_image_latents, rows, device),
+                    strength,
+                    masked_content,
+                    batch_generator,
+                    num_images_per_prompt,
+                )
+                batch_latents = prepare_latents(
+                    batch_latents,
+                    image_latents,
+                    batch_masked,
+                    mask,
+                    batch_scheduler,
+                    timesteps[:1],
+                    noise_offset,
+                    masked_content,
+                    batch_generator,
+                )
 
                 # 5. Denoising
-                step_kwargs = {"eta": eta, "generator": batch_generator}
                 batch_latents = self.denoise(
                     batch_scheduler,
                     timesteps,
@@ -855,7 +553,9 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                     guidance_scale,
                     guidance_start,
                     guidance_end,
-                    {name: value for name, value in step_kwargs.items() if name in step_parameters},
+                    attention_kwargs,
+                    eta,
+                    batch_generator,
                     callback_on_step_end,
                     callback_on_step_end_tensor_inputs,
                     progress_bar,
@@ -865,20 +565,17 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 if output_type == "latent":
                     for row, result in zip(rows, batch_latents):
                         results[row] = result
-                else:
-                    for row, decoded in zip(rows, self.decode_latents(batch_latents).cpu()):
-                        i = row // num_images_per_prompt
-                        (left, top, right, bottom), (content_height, content_width) = regions[i]
-                        fill = resize(decoded[None, :, :content_height, :content_width], bottom - top, right - left)
-                        fill = fill[0].permute(1, 2, 0).numpy()
-                        result = paste_fill(pictures[i], fill, masks[i], regions[i][0], paste, color_compensation)
-                        results[row] = result.render(output_type, device)
+                    continue
+                for row, decoded in zip(rows, decode_pictures(self.vae, batch_latents)):
+                    region = regions[row // num_images_per_prompt]
+                    fill = region.fill(decoded)
+                    result = paste_fill(region.picture, fill, region.mask, region.box, paste, color_compensation)
+                    results[row] = result.render(output_type, device)
 
         for row, result in enumerate(results):
             if result is None:
-                results[row] = pictures[row // num_images_per_prompt].render(output_type, device)
-        if output_type != "pil" and len({(tuple(result.shape), result.dtype) for result in results}) == 1:
-            results = np.stack(results) if output_type == "np" else torch.stack(results)
+                results[row] = regions[row // num_images_per_prompt].picture.render(output_type, device)
+        results = stack_results(results, output_type)
 
         # Offload all models
         self.maybe_free_model_hooks()

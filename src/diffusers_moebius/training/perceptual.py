@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from ..loaders.pipeline_loader import load_vae
+from ..loaders.hub import load_vae
 from ..pipelines.latents import decode_latents
 
 # Stride and padding of each convolution, the max-pool kernel before it, and whether its output is compared.

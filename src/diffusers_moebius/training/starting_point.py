@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from ..loaders.pipeline_loader import load_vae
+from ..loaders.hub import load_vae
 from ..loaders.release_checkpoint import make_release_scheduler
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel

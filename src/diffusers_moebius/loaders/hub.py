@@ -1,4 +1,4 @@
-"""Loading and saving of whole pipelines: both published layouts, and folders that diffusers loads by itself."""
+"""Pipelines in folders and repositories: both published layouts are read, and one that diffusers loads is written."""
 
 import inspect
 import json
@@ -31,27 +31,22 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
-from ..models.latent_categories import LatentCategoriesEmbedder
-from ..models.unet_2d_moebius import MoebiusUNet2DModel
-from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
+from ..checkpoints import bundled_checkpoints
 from .model_card import FACTS_FILE, make_model_card, weight_facts
 from .release_checkpoint import (
     DEFAULT_CHECKPOINT,
     RELEASE_VAE_REPOSITORY,
     component_dtype,
     default_guidance_scale,
+    find_release_weights,
     load_release_components,
     make_release_scheduler,
     weight_names,
 )
-from .remote_code import is_ours, module_stem, self_contained_source
+from .travelling_code import COMPONENT_CLASSES, write_indexes_and_code
 
 logger = logging.get_logger(__name__)
 
-# Classes of ours that a saved pipeline may name, wherever they lay when it was saved.
-COMPONENT_CLASSES = {
-    cls.__name__: cls for cls in (MoebiusUNet2DModel, PixelHackerUNet2DModel, LatentCategoriesEmbedder)
-}
 PUSH_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -65,7 +60,7 @@ class ModelSource:
 
     Args:
         argument (`str`): Name of the argument that gave the source, for error messages.
-        location (`str` or `os.PathLike`): The folder, or the repository's id.
+        location (`str` or `os.PathLike`): The folder, the repository's id, or the name of a bundled model.
         candidates (`list[str]`): Files to look for in the cache if the hub cannot be asked for its list.
         hub_kwargs: The `HUB_ARGUMENTS` of diffusers' `from_pretrained`.
     """
@@ -73,6 +68,11 @@ class ModelSource:
     def __init__(self, argument: str, location: str | os.PathLike, candidates: list[str], **hub_kwargs):
         self.argument = argument
         self.location = str(location)
+        bundled = bundled_checkpoints().get(self.location)
+        if bundled is not None and os.path.isdir(self.location):
+            logger.warning(f"`{argument}` {self.location} is taken as the folder of that name, not the bundled model.")
+        elif bundled is not None:
+            self.location = str(bundled)
         self.hub_kwargs = hub_kwargs
         # What also holds for another repository; whether the hub gives that one is another question.
         self.kwargs_elsewhere = {name: value for name, value in hub_kwargs.items() if name != "revision"}
@@ -215,7 +215,7 @@ class MoebiusLoaderMixin:
 
     A saved folder also carries the code of the pipeline and of its components, so that
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` runs it where this package is not installed.
-    The classes of this package never run that code.
+    The classes of this package never run that code, and it holds neither these loaders nor those of adapters.
     """
 
     @classmethod
@@ -231,7 +231,8 @@ class MoebiusLoaderMixin:
         Loads a pipeline from a folder or the hub, in the layout of the release or in that of diffusers.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or the id of a repository on the hub.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, the id of a repository on the hub, or
+                `"nano"`, the model that is part of the package (unless there is a folder of that name).
             checkpoint (`str`, *optional*): In the release's layout (`hustvl/Moebius`) the folder of the checkpoint:
                 `pretrained`, `ft_places2` (the default), `ft_celebahq` or `ft_ffhq`; the default guidance scale of the
                 latter two is 2.0 instead of 2.5. In the layout of diffusers only for a repository that holds several
@@ -310,7 +311,7 @@ class MoebiusLoaderMixin:
             )
 
         if not {"unet", "lcg_embedder"} <= set(kwargs):
-            path = source.path(cls._find_release_weights(source, folder, variant, use_safetensors))
+            path = source.path(find_release_weights(source, folder, variant, use_safetensors))
             kwargs = {**load_release_components(path, config, dtype, disable_mmap), **kwargs}
         kwargs.setdefault("scheduler", make_release_scheduler())
         kwargs.setdefault("default_guidance_scale", default_guidance_scale(folder))
@@ -320,40 +321,10 @@ class MoebiusLoaderMixin:
         pipeline.register_to_config(_name_or_path=source.location)
         return pipeline
 
-    @staticmethod
-    def _find_release_weights(
-        source: ModelSource, folder: str, variant: str | None, use_safetensors: bool | None
-    ) -> str:
-        names = [f"{folder}/{name}" for name in weight_names(variant, use_safetensors)]
-        # A folder with a config is a component in the layout of diffusers, such as the autoencoder.
-        is_component = f"{folder}/config.json" in source.files
-        for name in names:
-            if name in source.files and not is_component:
-                return name
-        if source.is_cache:
-            raise source.not_cached_error()
-        folders = {
-            parent
-            for parent, _, name in (file.rpartition("/") for file in source.files)
-            if name in weight_names() and f"{parent}/config.json" not in source.files
-        }
-        if folder in folders:
-            raise ValueError(
-                f"`variant` and `use_safetensors` ask for {' or '.join(names)}, which {source.location} does not have."
-            )
-        if folders - {""}:
-            raise ValueError(
-                f"`checkpoint` must be one of {', '.join(sorted(folders - {''}))} for {source.location}, but is"
-                f" {folder!r}."
-            )
-        raise ValueError(
-            f"`{source.argument}` must hold model_index.json or folders with checkpoints of the release, but"
-            f" {source.location} does not."
-        )
-
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        # A class name with a module makes diffusers run the saved code, even for the class that is here already.
+        # Private in diffusers, but the one place that sees `model_index.json` first: a class name with a module makes
+        # diffusers run the saved code, even for the class that is here already.
         config = super()._dict_from_json_file(json_file)
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][-1]
@@ -367,34 +338,6 @@ class MoebiusLoaderMixin:
             if isinstance(value, list | tuple) and len(value) == 2 and value[1] in COMPONENT_CLASSES:
                 init_dict[name] = [COMPONENT_CLASSES[value[1]].__module__, value[1]]
         return init_dict, unused_kwargs, hidden
-
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """
-        Saves `model_index.json` in the form that diffusers understands without this package, and the code it names.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): The folder, created if need be.
-            push_to_hub (`bool`, defaults to `False`): Also upload the folder; see [`save_pretrained`].
-            kwargs: Arguments of the upload.
-        """
-        super().save_config(save_directory)
-        folder = Path(save_directory)
-        path = folder / self.config_name
-        index = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in index.items():
-            if isinstance(value, list) and isinstance(value[0], str) and is_ours(value[0]):
-                module = value[0]
-                value[0] = module_stem(module)
-                _write(folder / name / f"{value[0]}.py", self_contained_source(module))
-        module = type(self).__module__
-        if is_ours(module):  # a class that somebody derived from ours is not ours to copy
-            index["_class_name"] = [module_stem(module), type(self).__name__]
-            _write(folder / f"{module_stem(module)}.py", self_contained_source(module))
-        if os.path.exists(index.get("_name_or_path") or ""):
-            del index["_name_or_path"]  # a path of this machine
-        _write(path, json.dumps(index, indent=2, sort_keys=True) + "\n")
-        if push_to_hub:
-            self._push(folder, **kwargs)
 
     def save_pretrained(
         self,
@@ -423,6 +366,7 @@ class MoebiusLoaderMixin:
         if folder.is_file():
             raise ValueError(f"`save_directory` must be a folder, but {folder} is a file.")
         push_kwargs = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        repo_id = push_kwargs.setdefault("repo_id", folder.absolute().name)
         super().save_pretrained(
             folder,
             safe_serialization=safe_serialization,
@@ -430,12 +374,13 @@ class MoebiusLoaderMixin:
             max_shard_size=max_shard_size,
             **kwargs,
         )
+        write_indexes_and_code(folder, self, repo_id, variant)
         facts = weight_facts(self)
         if facts is not None:
-            _write(folder / FACTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+            (folder / FACTS_FILE).write_text(text, encoding="utf-8")
         if not (folder / "README.md").exists():
-            name = push_kwargs.get("repo_id", folder.absolute().name)
-            make_model_card(self, name).save(folder / "README.md")
+            make_model_card(self, repo_id).save(folder / "README.md")
         if push_to_hub:
             self._push(folder, **push_kwargs)
 
@@ -468,32 +413,13 @@ class MoebiusLoaderMixin:
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant, repo_id=repo_id)
-            return self._push(Path(folder), repo_id, commit_message, private, token, create_pr, subfolder)
+            options = {"commit_message": commit_message, "create_pr": create_pr}
+            return self._push(Path(folder), repo_id, private, token, subfolder, **options)
 
-    def _push(
-        self,
-        folder: Path,
-        repo_id: str | None = None,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        subfolder: str | None = None,
-    ):
-        repo_id = create_repo(repo_id or folder.absolute().name, private=private, token=token, exist_ok=True).repo_id
+    def _push(self, folder: Path, repo_id: str, private=None, token=None, subfolder=None, **kwargs):
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         readme = f"{subfolder}/README.md" if subfolder else "README.md"
         keeps_card = HfApi(token=token).file_exists(repo_id, readme)
-        return upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            path_in_repo=subfolder,
-            token=token,
-            commit_message=commit_message or f"Upload {type(self).__name__}",
-            create_pr=create_pr,
-            ignore_patterns="README.md" if keeps_card else None,
-        )
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+        kwargs["commit_message"] = kwargs.get("commit_message") or f"Upload {type(self).__name__}"
+        kwargs["ignore_patterns"] = "README.md" if keeps_card else None
+        return upload_folder(repo_id=repo_id, folder_path=folder, path_in_repo=subfolder, token=token, **kwargs)

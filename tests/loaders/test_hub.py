@@ -16,6 +16,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPi
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 
+from diffusers_moebius import bundled_checkpoint
+from diffusers_moebius.loaders.model_card import weight_facts
 from diffusers_moebius.models.latent_categories import LatentCategoriesEmbedder
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.models.unet_2d_pixelhacker import PixelHackerUNet2DModel
@@ -324,15 +326,20 @@ def test_vae_that_is_none(release_hub, release_config, saved, tmp_path):
 
 
 def test_saved_folder(saved, tiny_pipeline):
-    assert {path.name for path in saved.iterdir()} == {
+    assert {path.name for path in saved.iterdir() if path.suffix != ".py"} == {
         "README.md",
+        "guider",
         "lcg_embedder",
         "model_index.json",
-        "pipeline_moebius_inpaint.py",
+        "modular_config.json",
+        "modular_model_index.json",
         "scheduler",
         "unet",
         "vae",
     }
+    code = [path.name for path in saved.rglob("*.py")]
+    assert {"load_pipeline.py", "pipeline_moebius_inpaint.py", "load_unet.py", "unet_2d_moebius.py"} < set(code)
+    assert len(code) == len(set(code))  # nothing is there twice
     assert not list(saved.rglob("*.bin"))
     loaded = MoebiusInpaintPipeline.from_pretrained(saved)
     assert type(loaded) is MoebiusInpaintPipeline
@@ -465,6 +472,31 @@ def _copy(source: Path, target: Path) -> None:
             (target / path.relative_to(source)).write_bytes(path.read_bytes())
 
 
+# The model that is part of the package
+
+
+def test_the_name_of_the_bundled_model(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = MoebiusInpaintPipeline.from_pretrained("nano")
+    assert loaded.config._name_or_path == str(bundled_checkpoint("nano"))
+    assert loaded.config.default_num_inference_steps == 1
+    assert weight_facts(loaded) is not None
+    assert hub.requests == []
+    expected = MoebiusInpaintPipeline.from_pretrained(bundled_checkpoint("nano"))
+    np.testing.assert_array_equal(run(loaded), run(expected))
+    vae = MoebiusInpaintPipeline.from_pretrained("nano", vae="nano", dtype=torch.bfloat16).vae
+    assert isinstance(vae, AutoencoderTiny) and vae.dtype == torch.bfloat16
+
+
+def test_a_folder_of_that_name_wins(saved, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    saved.rename("nano")
+    with caplog.at_level("WARNING"):
+        loaded = MoebiusInpaintPipeline.from_pretrained("nano")
+    assert loaded.config.default_num_inference_steps == 20
+    assert "nano is taken as the folder of that name" in caplog.text
+
+
 # Saving
 
 
@@ -546,30 +578,39 @@ import sys
 sys.modules["diffusers_moebius"] = None  # makes every import of it fail
 import logging
 import numpy as np
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
 class Warnings(logging.Handler):
     def emit(self, record):
         message = record.getMessage()
-        assert "Expected types" not in message and "might require" not in message, message
+        for text in ("Expected types", "might require", "not expected"):
+            assert text not in message, message
 
 diffusers_logging.get_logger("diffusers").addHandler(Warnings())
 exec(open(sys.argv[1]).read())
 folder, copy, output = sys.argv[2:]
-first = DiffusionPipeline.from_pretrained("somebody/inpaint", trust_remote_code=True)
+first = DiffusionPipeline.from_pretrained("somebody/inpaint-1.5", trust_remote_code=True)
 expected = run(first)
 np.save(output, expected)
-first.save_pretrained(copy)
-again = type(first).from_pretrained(copy)
-others = [DiffusionPipeline.from_pretrained(location, trust_remote_code=True) for location in (folder, copy)]
-for pipeline in (first, again, *others):  # the first ones still work after diffusers has run their code anew
+others = [DiffusionPipeline.from_pretrained(folder, trust_remote_code=True) for _ in range(2)]
+for pipeline in (first, *others):  # the first one still works after diffusers has run the code anew
     np.testing.assert_array_equal(run(pipeline), expected)
+    assert type(pipeline.unet) is type(first.unet)
+    pipeline.prepare_for_inference()
+    assert np.abs(run(pipeline).astype(int) - expected).max() <= 1
+others[1] = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+others[1].save_pretrained(copy)  # without code: for machines with the package
+for location in (folder, "somebody/inpaint-1.5"):
+    unet = AutoModel.from_pretrained(location, subfolder="unet", trust_remote_code=True)
+    assert type(unet).__name__ == "MoebiusUNet2DModel"
+    assert all((a == b).all() for a, b in zip(unet.state_dict().values(), others[1].unet.state_dict().values()))
 assert not [name for name in sys.modules if name.startswith("diffusers_moebius.")]
 """
 
 
 def test_without_this_package(saved_hub, saved, tiny_pipeline, tmp_path):
+    saved_hub.add("somebody/inpaint-1.5").add_folder(saved)  # with a dot, which is none between modules
     script = tmp_path / "run.py"
     script.write_text("import numpy as np\nimport torch\nfrom PIL import Image\n" + inspect.getsource(run))
     subprocess.run(
@@ -579,5 +620,4 @@ def test_without_this_package(saved_hub, saved, tiny_pipeline, tmp_path):
         timeout=240,
     )
     np.testing.assert_array_equal(np.load(tmp_path / "result.npy"), run(tiny_pipeline))
-    name = "pipeline_moebius_inpaint.py"
-    assert (tmp_path / "copy" / name).read_text() == (saved / name).read_text()
+    np.testing.assert_array_equal(run(MoebiusInpaintPipeline.from_pretrained(tmp_path / "copy")), run(tiny_pipeline))

@@ -9,15 +9,15 @@ from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
 
-from ..pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
-from .pipeline_loader import load_vae
-from .release_checkpoint import (
+from .loaders.hub import load_vae
+from .loaders.release_checkpoint import (
     RELEASE_VAE_REPOSITORY,
     default_guidance_scale,
     load_release_components,
     make_release_scheduler,
     weight_names,
 )
+from .pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 
 
 def convert_release_checkpoint(
