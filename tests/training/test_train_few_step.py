@@ -107,7 +107,7 @@ def test_resumed_run_ends_with_the_same_weights(script, command, tmp_path, metho
     assert first and all(torch.equal(first[name], second[name]) for name in first)
     assert not (whole / "unet").exists()
     card = (whole / "README.md").read_text()
-    assert "default_num_inference_steps=4" in card and "--steps 4" in card
+    assert "moebius inpaint" not in card  # which could not set the scheduler
     # The card's own lines make the teacher with the adapter fast.
     pipe = MoebiusInpaintPipeline.from_pretrained(tmp_path / "teacher")
     pipe.load_lora_weights(whole)
@@ -129,7 +129,8 @@ def test_other_kinds_of_teachers(script, command, vae_dir, tmp_path):
     config = {name: value for name, value in UNET.items() if name not in ("context_length", "local_window_size")}
     teacher = save_teacher(tmp_path / "hacker", vae_dir, PixelHackerUNet2DModel(**config))  # predicts noise
     arguments = [f"--pretrained_teacher_model_name_or_path={teacher}", f"--output_dir={tmp_path / 'out'}"]
-    script.main([*command, *arguments, "--method=adversarial", "--max_train_steps=1", "--gradient_checkpointing"])
+    options = ["--method=adversarial", "--max_train_steps=1", "--gradient_checkpointing", "--mixed_precision=bf16"]
+    script.main([*command, *arguments, *options])
     assert float(read_log(tmp_path / "out")[0]["loss"]) > 0
     with pytest.raises(ValueError, match="`prediction_type` is 'epsilon'"):
         script.main([*command, *arguments, f"--pretrained_model_name_or_path={tmp_path / 'teacher'}"])

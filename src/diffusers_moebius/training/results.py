@@ -39,8 +39,7 @@ pipe.fuse_lora(lora_scale=1.0)  # a smaller scale has less effect
 result = pipe(image=photo, mask_image=mask).images[0]
 ```
 
-Or `moebius inpaint photo.png mask.png -o result.png --model {location} --lora {name}`{warning}. Rank {rank}, beside
-{layers} layers: {targets}.
+{command}Rank {rank}, beside {layers} layers: {targets}.
 """
 
 
@@ -76,7 +75,10 @@ def make_lora_card(pipeline, loop: TrainingLoop) -> ModelCard:
         loop ([`TrainingLoop`]): Its run.
     """
     config = pipeline.unet.peft_config["default"]
-    setup = warning = ""
+    base = hub_repository(loop.args.pretrained_model_name_or_path)
+    name, setup = loop.run_name, ""
+    location = base or Path(loop.args.pretrained_model_name_or_path).name
+    command = f"Or `moebius inpaint photo.png mask.png -o result.png --model {location} --lora {name}`. "
     if hasattr(loop.args, "num_inference_steps"):  # for few steps: what a file of weights cannot say
         pipeline.scheduler.save_pretrained(loop.output_dir / "scheduler")
         values = ", ".join(f"{name}={pipeline.config[name]}" for name in DEFAULTS)
@@ -84,23 +86,21 @@ def make_lora_card(pipeline, loop: TrainingLoop) -> ModelCard:
             'pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")\n'
             f"pipe.register_to_config({values})\n"
         )
-        warning = f" with `--steps {loop.args.num_inference_steps} --guidance-scale 1 --strength 1`"
-    base = hub_repository(loop.args.pretrained_model_name_or_path)
+        command = ""  # the command line sets no timestep spacing
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="image-to-image",  # the hub has no tag for inpainting
         tags=["lora", "inpainting", "image-inpainting", "moebius", f"arxiv:{PAPER}"],
         base_model=base,
     )
-    name = loop.run_name
     text = LORA_TEXT.format(
         title=name.rpartition("/")[2],
         name=name,
         base=f"[{base}](https://huggingface.co/{base})" if base else "a model that was in a folder",
-        location=base or Path(loop.args.pretrained_model_name_or_path).name,
+        location=location,
         paper=PAPER,
         setup=setup,
-        warning=warning,
+        command=command,
         rank=config.r,
         layers=len(adapter_layers(pipeline.unet)),
         targets=", ".join(f"`{target}`" for target in sorted(config.target_modules)),
@@ -139,7 +139,7 @@ def training_section(loop: TrainingLoop, data: str, scores: dict[str, float] | N
 
 def _arguments_without_paths_of_this_machine(args: argparse.Namespace) -> list[str]:
     """The arguments that differ from None and False; of an absolute path only the last part."""
-    words = []
+    words = [] if args.random_flip else ["--no-random_flip"]
     for name, value in vars(args).items():
         if value is None or value is False or name in ("resume_from_checkpoint",):
             continue

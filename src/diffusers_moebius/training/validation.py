@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 from itertools import islice
 
 import torch
@@ -76,15 +77,17 @@ class Validation:
             "guidance_scale": self.args.validation_guidance_scale,
             "strength": 1.0,
         } | options
-        return pipeline(
-            image=self.photos,
-            mask_image=self.masks,
-            height=self.args.resolution,
-            width=self.args.resolution,
-            generator=[torch.Generator().manual_seed(number) for number in range(len(self.photos))],
-            output_type="pt",
-            **options,
-        ).images.cpu()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`mask_image`")  # random holes may fill most of a photo
+            return pipeline(
+                image=self.photos,
+                mask_image=self.masks,
+                height=self.args.resolution,
+                width=self.args.resolution,
+                generator=[torch.Generator().manual_seed(number) for number in range(len(self.photos))],
+                output_type="pt",
+                **options,
+            ).images.cpu()
 
     def hole_psnr(self, results: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """PSNR in the hole of each result `[N, 3, H, W]` in [0, 1] to the photos or another target; `[N]`."""
