@@ -21,16 +21,7 @@ from diffusers import DDIMScheduler
 
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.pipelines.latents import predicted_clean_latents
-from diffusers_moebius.training.arguments import (
-    add_data_arguments,
-    add_model_arguments,
-    add_objective_arguments,
-    add_optimization_arguments,
-    add_run_arguments,
-    add_validation_arguments,
-    check_arguments,
-    training_parser,
-)
+from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
 from diffusers_moebius.training.data import build_dataset, describe_dataset
 from diffusers_moebius.training.denoiser import prepare_denoiser
 from diffusers_moebius.training.distillation import BALANCES, AdaptiveBalance, distillation_losses
@@ -48,7 +39,6 @@ logger = logging.getLogger("train_distillation")
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__.split("\n\n")[0])
-    add_model_arguments(parser)
     add = parser.add_argument_group("distillation").add_argument
     add("--unet_config", help="JSON file with the arguments of the student's U-Net, to start from scratch")
     add("--pretrained_teacher_model_name_or_path", required=True, help="pipeline folder or hub repository")
@@ -70,11 +60,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lpips_weights", help="safetensors file with the LPIPS network; default: that of the `lpips` package")
     add("--lpips_vae", help="autoencoder that decodes the latents for lpips; default: the student's")
     add("--balance", choices=BALANCES, default="paper", help="how the losses are weighed against each other")
-    add_data_arguments(parser)
-    add_objective_arguments(parser, timestep_sampling="logit_normal")
-    add_optimization_arguments(parser, learning_rate=2e-4, optimizer="muon", weight_decay=0.1)
-    add_validation_arguments(parser)
-    add_run_arguments(parser)
+    add_training_arguments(parser)
+    muon = {"optimizer": "muon", "learning_rate": 2e-4, "weight_decay": 0.1, "adam_beta2": 0.95}  # as the release
+    parser.set_defaults(timestep_sampling="logit_normal", **muon)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     if (args.pretrained_model_name_or_path is None) == (args.unet_config is None):

@@ -28,16 +28,7 @@ from diffusers_moebius.training.adapters import (
     checkpoint_adapter_alone,
     save_adapter,
 )
-from diffusers_moebius.training.arguments import (
-    add_data_arguments,
-    add_model_arguments,
-    add_objective_arguments,
-    add_optimization_arguments,
-    add_run_arguments,
-    add_validation_arguments,
-    check_arguments,
-    training_parser,
-)
+from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
 from diffusers_moebius.training.data import build_dataset, describe_dataset
 from diffusers_moebius.training.denoiser import prepare_denoiser
 from diffusers_moebius.training.distillation import shortened
@@ -68,7 +59,6 @@ VALIDATED_STEPS = (1, 2, 4)
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__.split("\n\n")[0])
-    add_model_arguments(parser)
     add = parser.add_argument_group("few steps").add_argument
     add("--pretrained_teacher_model_name_or_path", required=True, help="pipeline folder or hub repository, or nano")
     add("--teacher_checkpoint", help="which of its published checkpoints, for example ft_places2")
@@ -93,13 +83,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="safetensors file of an LPIPS network, to measure it in validation; default: PSNR alone",
     )
     add_lora_arguments(parser, rank=None)
-    add_data_arguments(parser)
-    add_objective_arguments(parser)
-    add_optimization_arguments(parser, learning_rate=1e-5, weight_decay=0.0, freeze_batch_norm=True)
-    add_validation_arguments(parser)
-    add_run_arguments(parser)
+    add_training_arguments(parser)
+    parser.set_defaults(learning_rate=1e-5, weight_decay=0.0, freeze_batch_norm=True, hole_loss_weight=10.0)
     # The guidance of the teacher's two kinds of tokens is baked into the background tokens.
-    parser.set_defaults(foreground_probability=0.0, hole_loss_weight=10.0)
+    parser.set_defaults(foreground_probability=0.0)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     check_lora_arguments(parser, args)

@@ -24,16 +24,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
-from diffusers_moebius.training.arguments import (
-    add_data_arguments,
-    add_model_arguments,
-    add_objective_arguments,
-    add_optimization_arguments,
-    add_run_arguments,
-    add_validation_arguments,
-    check_arguments,
-    training_parser,
-)
+from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
 from diffusers_moebius.training.data import build_dataset, describe_dataset
 from diffusers_moebius.training.denoiser import DecodingDenoiser, prepare_denoiser
 from diffusers_moebius.training.latent_cache import with_latents
@@ -50,18 +41,13 @@ logger = logging.getLogger("train_inpainting")
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__.split("\n\n")[0])
-    add_model_arguments(parser)
     parser.add_argument("--unet_config", help="JSON file with the arguments of the U-Net, to start from scratch")
     add = parser.add_argument_group("pictures, of the decoded prediction; not with --cache_latents").add_argument
     add("--lpips_weight", type=float, default=0.0, help="weight of its LPIPS to the photo")
     add("--lpips_weights", help="safetensors file with the LPIPS network; default: that of the `lpips` package")
     add("--l1_weight", type=float, default=0.0, help="weight of its absolute error, in [-1, 1]")
     add("--train_decoder", action="store_true", help="train the decoder of the autoencoder too, by these two")
-    add_data_arguments(parser)
-    add_objective_arguments(parser)
-    add_optimization_arguments(parser)
-    add_validation_arguments(parser)
-    add_run_arguments(parser)
+    add_training_arguments(parser)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     if (args.pretrained_model_name_or_path is None) == (args.unet_config is None):

@@ -21,16 +21,7 @@ from diffusers_moebius.training.adapters import (
     checkpoint_adapter_alone,
     save_adapter,
 )
-from diffusers_moebius.training.arguments import (
-    add_data_arguments,
-    add_model_arguments,
-    add_objective_arguments,
-    add_optimization_arguments,
-    add_run_arguments,
-    add_validation_arguments,
-    check_arguments,
-    training_parser,
-)
+from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
 from diffusers_moebius.training.data import build_dataset, describe_dataset
 from diffusers_moebius.training.denoiser import prepare_denoiser
 from diffusers_moebius.training.latent_cache import with_latents
@@ -46,13 +37,9 @@ logger = logging.getLogger("train_lora")
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__.split("\n\n")[0])
-    add_model_arguments(parser)
     add_lora_arguments(parser, rank=16)
-    add_data_arguments(parser)
-    add_objective_arguments(parser)
-    add_optimization_arguments(parser, freeze_batch_norm=True)
-    add_validation_arguments(parser)
-    add_run_arguments(parser)
+    add_training_arguments(parser)
+    parser.set_defaults(freeze_batch_norm=True)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     if args.pretrained_model_name_or_path is None:

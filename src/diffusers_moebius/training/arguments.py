@@ -8,13 +8,17 @@ from .masks import MASK_PRESETS
 
 
 class _Help(argparse.HelpFormatter):
-    """Shows the default of every option that has one, also of those without a text of their own on it."""
+    """Shows the default of every option whose text does not say it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.required or action.default in (None, False, argparse.SUPPRESS) or "default" in text:
+        if action.required or action.default is argparse.SUPPRESS or "default" in text:
             return text
-        default = " ".join(map(str, action.default)) if isinstance(action.default, list | tuple) else action.default
+        default = action.default
+        if default is None or isinstance(default, bool):
+            default = {None: "none", False: "no", True: "yes"}[default]
+        elif isinstance(default, list | tuple):
+            default = " ".join(map(str, default))
         return f"{text} (default: {default})".replace("%", "%%")
 
 
@@ -23,7 +27,17 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds all of them; a script sets other defaults by `parser.set_defaults`."""
+    _add_model_arguments(parser)
+    _add_data_arguments(parser)
+    _add_objective_arguments(parser)
+    add_optimization_arguments(parser)
+    add_validation_arguments(parser)
+    add_run_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", help="pipeline folder or hub repository to start from, or nano")
     add("--vae", help="autoencoder folder or hub repository; default: the pipeline's own `vae`")
@@ -32,7 +46,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--variant", help="variant of its weights, for example fp16; default: the plain files")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add_picture_arguments(parser)
     add = parser.add_argument_group("latents and holes").add_argument
     add(
@@ -46,7 +60,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--foreground_probability", type=float, default=0.1, help="share of samples that train the foreground tokens")
 
 
-def add_picture_arguments(parser: argparse.ArgumentParser, resolution: int = 512) -> None:
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pictures").add_argument
     add("--train_data_dir", nargs="+", help="folders of photos")
     add(
@@ -62,7 +76,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser, resolution: int = 512
     add("--max_train_samples", type=int, help="only the first so many pictures; default: all")
     add("--stream_shards", action="store_true", help="stream local shards too, instead of indexing them first")
     add("--shuffle_buffer_size", type=int, default=1000, help="samples that each reader of a stream shuffles")
-    add("--resolution", type=int, default=resolution, help="side of a crop in pixels")
+    add("--resolution", type=int, default=512, help="side of a crop in pixels")
     add(
         "--random_flip",
         action=argparse.BooleanOptionalAction,
@@ -79,7 +93,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser, resolution: int = 512
     add("--dataloader_num_workers", type=int, default=0, help="processes that read pictures; 0: the training's own")
 
 
-def add_objective_arguments(parser: argparse.ArgumentParser, timestep_sampling: str = "uniform") -> None:
+def _add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("objective").add_argument
     add(
         "--prediction_type",
@@ -93,7 +107,7 @@ def add_objective_arguments(parser: argparse.ArgumentParser, timestep_sampling: 
     add(
         "--timestep_sampling",
         choices=("uniform", "logit_normal"),
-        default=timestep_sampling,
+        default="uniform",
         help="logit_normal: 1000 sigmoid(normal), as the release distils",
     )
     add("--timestep_bias", type=float, default=1.0, help="timesteps are 1000 u^(1/bias): above 1 favours high noise")
@@ -101,13 +115,7 @@ def add_objective_arguments(parser: argparse.ArgumentParser, timestep_sampling: 
     add("--last_timestep_probability", type=float, default=0.0, help="share of samples that start from pure noise")
 
 
-def add_optimization_arguments(
-    parser: argparse.ArgumentParser,
-    learning_rate: float = 1e-4,
-    optimizer: str = "adamw",
-    weight_decay: float = 1e-2,
-    freeze_batch_norm: bool = False,
-) -> None:
+def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimisation").add_argument
     add("--train_batch_size", type=int, default=16, help="samples in a step of one process")
     add("--gradient_accumulation_steps", type=int, default=1, help="batches whose gradients make one step")
@@ -122,16 +130,14 @@ def add_optimization_arguments(
     add("--torch_compile", action="store_true", help="compile the U-Net; the first step then takes minutes")
     add("--max_train_steps", type=int, default=10_000, help="optimiser steps of the run")
     add("--num_train_epochs", type=int, help="passes through the data, instead of `--max_train_steps`; default: those")
-    add("--learning_rate", type=float, default=learning_rate, help="after the warm-up")
+    add("--learning_rate", type=float, default=1e-4, help="after the warm-up")
     add("--scale_lr", action="store_true", help="multiply the learning rate by processes, accumulation and batch size")
-    add(
-        "--optimizer", choices=("adamw", "muon"), default=optimizer, help="muon: for matrices, with AdamW for the rest"
-    )
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for matrices, with AdamW for the rest")
     add("--use_8bit_adam", action="store_true", help="AdamW's state in 8 bits, by bitsandbytes")
     add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's mean of gradients")
-    add("--adam_beta2", type=float, default=0.999 if optimizer == "adamw" else 0.95, help="and of their squares")
+    add("--adam_beta2", type=float, default=0.999, help="and of their squares")
     add("--adam_epsilon", type=float, default=1e-8, help="added to AdamW's denominator")
-    add("--weight_decay", type=float, default=weight_decay, help="of every weight, decoupled")
+    add("--weight_decay", type=float, default=1e-2, help="of every weight, decoupled")
     add(
         "--lr_scheduler",
         choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
@@ -144,10 +150,7 @@ def add_optimization_arguments(
     add("--lr_milestones", type=int, nargs="+", help="steps at which it is multiplied by `--lr_gamma`; default: none")
     add("--lr_gamma", type=float, default=0.1, help="factor at each of `--lr_milestones`")
     add("--max_grad_norm", type=float, default=1.0, help="longer gradients are shortened to this")
-    if not freeze_batch_norm:
-        add("--freeze_batch_norm", action="store_true", help="train with the BatchNorm statistics of inference")
-    else:  # accepted, so that the command in a model card can be run
-        add("--freeze_batch_norm", action="store_true", default=True, help=argparse.SUPPRESS)
+    add("--freeze_batch_norm", action="store_true", help="train with the BatchNorm statistics of inference")
     add("--use_ema", action="store_true", help="average the weights; the average is validated and saved")
     add("--ema_decay", type=float, default=0.9999, help="share of the average that a step keeps, after a warm-up")
 

@@ -98,7 +98,7 @@ def noise_batch(
     Draws timesteps, noise and categories for a batch.
 
     Args:
-        args: See `add_objective_arguments`; `foreground_probability` is read too.
+        args: See `training.arguments`.
         scheduler (`DDIMScheduler`): The noise schedule; its `prediction_type` decides the target.
         batch (`dict`): `latents`, `masked_latents` `[B, 4, h, w]`, `mask` `[B, 1, H, W]` and, if the samples have one,
             `category` `[B]` with 0 for background, 1 for foreground and -1 for one to be drawn.

@@ -34,7 +34,7 @@ def build_pipeline(args: argparse.Namespace, teacher: MoebiusInpaintPipeline | N
     A new one has the noise schedule of its teacher or, without one, of the release, and what the options say of it.
 
     Args:
-        args: See `add_model_arguments` and `add_objective_arguments`.
+        args: See `training.arguments`.
         teacher ([`MoebiusInpaintPipeline`], *optional*): Gives a new pipeline its autoencoder, unless `args` name one.
     """
     if args.pretrained_model_name_or_path is not None:
