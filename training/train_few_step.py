@@ -3,7 +3,7 @@
 
     accelerate launch training/train_few_step.py --pretrained_teacher_model_name_or_path hustvl/Moebius \\
         --train_shards_path_or_url "shards/photos-*.tar" --resolution 512 --mixed_precision bf16 \\
-        --method consistency --rank 64 --output_dir runs/few-step
+        --method consistency --rank 16 --learning_rate 1e-4 --output_dir runs/few-step
 
 `consistency` is latent consistency distillation (arXiv 2310.04378): the student is to see the same clean latents from
 a point of the teacher's guided path and from the point one solver step earlier. `adversarial` adds a discriminator on
@@ -92,6 +92,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     check_lora_arguments(parser, args)
     if args.prediction_type is not None:
         parser.error("`--prediction_type` is the teacher's own here")
+    if args.validation_inference_steps is not None or args.validation_guidance_scale is not None:
+        parser.error("`--validation_inference_steps` and `--validation_guidance_scale` are given: 1, 2 and 4, without")
     if args.num_solver_steps < 1 or 1000 % args.num_solver_steps:
         parser.error(f"`--num_solver_steps` must divide 1000, but is {args.num_solver_steps}")
     if args.teacher_guidance_scale and len(args.teacher_guidance_scale) > 2:

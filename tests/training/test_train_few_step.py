@@ -158,6 +158,7 @@ def test_two_processes_are_one_with_the_doubled_batch(command, tmp_path, method)
         (["--teacher_guidance_scale", "1", "2", "3"], "--teacher_guidance_scale"),
         (["--prediction_type=epsilon"], "--prediction_type"),
         (["--rank=0"], "--rank"),
+        (["--validation_inference_steps=3"], "--validation_inference_steps"),
         (["--method=progressive"], "--method"),
     ],
 )

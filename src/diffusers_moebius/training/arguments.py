@@ -123,8 +123,7 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
-        default="no",
-        help="type of the forward pass; goes before what accelerate is configured to",
+        help="type of the forward pass; default: what accelerate is configured to, else no",
     )
     add("--allow_tf32", action="store_true", help="TensorFloat-32 products on Ampere and later GPUs")
     add("--torch_compile", action="store_true", help="compile the U-Net; the first step then takes minutes")

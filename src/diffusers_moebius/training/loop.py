@@ -87,6 +87,7 @@ class TrainingLoop:
             ),
             step_scheduler_with_optimizer=False,
         )
+        args.mixed_precision = self.accelerator.mixed_precision
         if args.allow_tf32:
             torch.set_float32_matmul_precision("high")
         set_seed(args.seed)
