@@ -25,7 +25,16 @@ EXTRAS = {
     "parquet": ["pyarrow>=15"],
     "ray": ["ray[data]>=2.51"],
     "lora": [PEFT],
-    "train": ["datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.16", "transformers>=4.56", PEFT],
+    "train": [
+        "braceexpand>=0.1.7",
+        "datasets>=3.0",
+        "fsspec[http]>=2024.2",
+        "matplotlib>=3.8",
+        "tensorboard>=2.16",
+        "torchdata>=0.11",
+        "transformers>=4.56",
+        PEFT,
+    ],
     "perceptual": ["elatentlpips>=0.2"],
     "demo": [GRADIO, "opencv-python-headless>=4.10", "scikit-image>=0.24", "transformers>=4.56"],
     "eval": [
