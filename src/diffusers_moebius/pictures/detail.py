@@ -389,7 +389,7 @@ def add_detail(
         device (`torch.device`, defaults to the CPU): Where to compute.
 
     Returns:
-        `np.ndarray` of shape `[h, w, 3]`, in [0, 1]; equal to `fill` outside the mask.
+        `np.ndarray` of shape `[h, w, 3]`, in [0, 1]; around the mask it is the photo.
 
     Raises:
         ValueError: If `detail` is none of these.
@@ -404,8 +404,11 @@ def add_detail(
     generator = torch.Generator().manual_seed(seed)
     part = _overlap(mask_box(mask, 1), box)
     inside = mask[_slices(part)]
-    led = match_edges(fill[_slices(part, box)], picture.rgb(part), inside).clip(0, 1)
+    photo = picture.rgb(part)
+    led = match_edges(fill[_slices(part, box)], photo, inside).clip(0, 1)
     result = fill.copy()
+    # Patches meet the photo around the hole, not what the model made of it.
+    result[_slices(part, box)][~inside] = photo[~inside]
     for hole in holes(mask, max(16, max(mask.shape) // 64)):
         around = _surroundings(hole)
         filled = np.array(picture.rgb(around), np.float32)
