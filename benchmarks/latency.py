@@ -48,9 +48,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_moebius import LatentCategoriesEmbedder, MoebiusInpaintPipeline, MoebiusUNet2DModel
+from diffusers_moebius.models import multiply_adds
 
 VARIANTS = ("reference", "fast", "folded", "bf16", "fp16", "compiled", "onnx")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -170,16 +170,9 @@ def count_multiply_adds(variant: str, config: dict, height: int, width: int) -> 
     model.set_lambda_algorithm("reference" if variant == "reference" else "fast")
     if variant not in ("reference", "fast"):
         model.fuse_for_inference()
-    shape = (1, model.config.in_channels, height // 8, width // 8)
-    context = torch.empty(1, model.config.context_length, model.config.encoder_hid_dim, device="meta")
-
-    def in_place_product(_, a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
-        return 2 * a_shape[0] * a_shape[1] * b_shape[1]
-
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product})
-    with torch.no_grad(), counter:
-        model(torch.empty(shape, device="meta"), torch.empty(1, device="meta"), context)
-    return counter.get_total_flops() // 2
+    sample = (1, model.config.in_channels, height // 8, width // 8)
+    context = (1, model.config.context_length, model.config.encoder_hid_dim)
+    return multiply_adds.count_multiply_adds(model, sample, (1,), context)
 
 
 def matrix_product_rate(device: str, size: int = 2048, repeats: int = 5) -> float:

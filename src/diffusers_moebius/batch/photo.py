@@ -154,8 +154,7 @@ def fill_photos(
     except (ValueError, torch.OutOfMemoryError) as error:
         if len(photos) > 1:
             return [result for photo in photos for result in fill_photos(pipeline, [photo], seed, options)]
+        name = photos[0].item.name
         if isinstance(error, torch.OutOfMemoryError):
-            error = ValueError(
-                f"{photos[0].item.name} takes more memory than the device has; `--device cpu` may have more."
-            )
-        return [error]
+            return [ValueError(f"{name} takes more memory than the device has; `--device cpu` may have more.")]
+        return [ValueError(f"{name}: {error}")]
