@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_moebius.models import multiply_adds
 
 WARMUP, REPEATS = 2, 7
 
@@ -14,8 +15,6 @@ WARMUP, REPEATS = 2, 7
 def count_multiply_adds(unet: torch.nn.Module, context: tuple[int, int], reference: bool = False) -> int:
     """
     Multiply-adds of one evaluation of the U-Net for one picture of its native size.
-
-    Convolutions and matrix products are counted, on the meta device, where nothing is computed.
 
     Args:
         unet ([`MoebiusUNet2DModel`] or [`PixelHackerUNet2DModel`]): Left as it is.
@@ -30,13 +29,8 @@ def count_multiply_adds(unet: torch.nn.Module, context: tuple[int, int], referen
     if reference and hasattr(unet, "set_lambda_algorithm"):
         unet.set_lambda_algorithm("reference")
     side = unet.config.sample_size
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device="meta", dtype=unet.dtype)
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(empty(1, unet.config.in_channels, side, side), empty(1), empty(1, *context))
-    return counter.get_total_flops() // 2
+    sample = (1, unet.config.in_channels, side, side)
+    return multiply_adds.count_multiply_adds(unet, sample, (1,), (1, *context), dtype=unet.dtype)
 
 
 def median_seconds(function: Callable[[], object], device: torch.device) -> float:

@@ -8,9 +8,9 @@
 
 `custom`, the protocol without a name, takes a folder or a tar file of photos `NAME.jpg` (or .png) with a mask
 `NAME.mask.png` (white = hole) and, if there is one, a `NAME.json` whose `mask` names the kind of hole, and sets
-OpenCV's two methods and a mean-colour fill beside the model. The others take photos alone, cut the largest centred
-square out of each, bring it to their size, and draw the hole from the seed and the photo's number, or take it from
-`--masks`. `PROTOCOLS` in `quality_data.py` says what each fixes.
+PatchMatch (`pypatchmatch`), OpenCV's two methods and a mean-colour fill beside the model. The others take photos
+alone, cut the largest centred square out of each, bring it to their size, and draw the hole from the seed and the
+photo's number, or take it from `--masks`. `PROTOCOLS` in `quality_data.py` says what each fixes.
 
 No method sees what was in the hole: it is blanked with the mean colour of the visible pixels first, which is also the
 mean-colour fill. What a method returns is pasted onto the photo with a hard edge, so that methods differ in the hole
@@ -28,10 +28,10 @@ the photo or of the protocol:
 - FID: the Fréchet distance between the Inception features of all pasted pictures and those of all photos. It is
   biased upwards for few pictures: compare it only between equal numbers of them.
 
-LPIPS is that on AlexNet, version 0.1, unless the weights given are those on VGG16. A metric whose network is not there
-is left out, and the report says why. With `--results` each picture's scores are written at once and a run that was
-interrupted goes on; the folder ends with `report.md` and `report.json`. On several CPUs start the processes with
-`torchrun --nproc_per_node 2`: `accelerate launch --cpu` starts one, unless there is MPI.
+LPIPS is that on AlexNet, version 0.1, and where the weights for it are given also that on VGG16. A metric whose
+network is not there is left out, and the report says why. With `--results` each picture's scores are written at once
+and a run that was interrupted goes on; the folder ends with `report.md` and `report.json`. On several CPUs start the
+processes with `torchrun --nproc_per_node 2`: `accelerate launch --cpu` starts one, unless there is MPI.
 """
 
 import argparse
@@ -40,18 +40,23 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from efficiency import efficiency_table, measure_efficiency
 from PIL import Image, ImageDraw
-from quality_data import PROTOCOLS, Protocol, Sample, Samples, blank_hole
-from quality_metrics import FeatureExtractor, load_inception, picture_features, score_picture
+from quality_data import PROTOCOLS, Protocol, Sample, Samples
+from quality_metrics import (
+    FeatureExtractor,
+    load_inception,
+    lpips_in_hole_and_picture,
+    picture_features,
+    score_picture,
+)
 from quality_report import (
     HOLE_COLUMNS,
     INCEPTION_FEATURES,
@@ -66,58 +71,46 @@ from quality_report import (
 )
 from tqdm.auto import tqdm
 
+from diffusers_moebius.evaluation.methods import CLASSICAL, Method, blank_hole
 from diffusers_moebius.training.perceptual import LPIPS
 
 PUBLISHED = ("hustvl/Moebius", "hustvl/PixelHacker")
-Method = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
-def mean_colour(blanked: np.ndarray, mask: np.ndarray, index: int) -> np.ndarray:
-    """Leaves the hole as it was blanked."""
-    return blanked
-
-
-def telea(blanked: np.ndarray, mask: np.ndarray, index: int) -> np.ndarray:
-    """OpenCV's fast marching method (Telea 2004) with a radius of 3 px."""
-    return cv2.inpaint(blanked, mask.astype(np.uint8), 3, cv2.INPAINT_TELEA)
-
-
-def navier_stokes(blanked: np.ndarray, mask: np.ndarray, index: int) -> np.ndarray:
-    """OpenCV's Navier–Stokes method (Bertalmio et al. 2001) with a radius of 3 px."""
-    return cv2.inpaint(blanked, mask.astype(np.uint8), 3, cv2.INPAINT_NS)
-
-
-BASELINES: dict[str, Method] = {
-    "mean colour": mean_colour,
-    "OpenCV Telea": telea,
-    "OpenCV Navier–Stokes": navier_stokes,
-}
+def load_baselines() -> tuple[dict[str, Method], list[str]]:
+    """What a user would pick instead of a model; a note says which of them is not installed."""
+    baselines = {
+        "mean colour": CLASSICAL["mean"],
+        "OpenCV Telea": CLASSICAL["telea"],
+        "OpenCV Navier–Stokes": CLASSICAL["navier-stokes"],
+    }
+    if find_spec("patchmatch") is None:
+        return baselines, ["PatchMatch was not measured: it needs `pypatchmatch` (extra `eval`)"]
+    return baselines | {"PatchMatch": CLASSICAL["patchmatch"]}, []
 
 
 def load_pipeline(args: argparse.Namespace):
     """Returns the pipeline that `--model` names, on its device."""
-    from diffusers_moebius import MoebiusInpaintPipeline, bundled_checkpoint
+    from diffusers_moebius import MoebiusInpaintPipeline
 
-    is_bundled = args.model == "nano" and not Path(args.model).is_dir()
-    source = bundled_checkpoint(args.model) if is_bundled else args.model
     options = {} if args.checkpoint is None else {"checkpoint": args.checkpoint}
-    pipe = MoebiusInpaintPipeline.from_pretrained(source, dtype=getattr(torch, args.dtype), **options)
+    pipe = MoebiusInpaintPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def pipeline_method(pipe, args: argparse.Namespace, guidance_scale: float | None) -> Method:
-    """Returns a method that runs the pipeline; picture `i` is drawn with the seed `args.seed + i`."""
+    """Returns a method that runs the pipeline; picture `i` is drawn with the seed `--seed` + i."""
     call = {"num_inference_steps": args.steps, "guidance_scale": guidance_scale, "strength": args.strength}
     call = {name: value for name, value in call.items() if value is not None}
     call["paste"] = "seamless" if pipe.config.default_paste == "seamless" else None
 
-    def method(blanked: np.ndarray, mask: np.ndarray, index: int) -> np.ndarray:
+    def method(blanked: np.ndarray, mask: np.ndarray, name: str, seed: int) -> np.ndarray:
         result = pipe(
             image=Image.fromarray(blanked),
             mask_image=Image.fromarray(mask.astype(np.uint8) * 255),
-            generator=torch.Generator().manual_seed(args.seed + index),
+            generator=torch.Generator().manual_seed(seed),
             **call,
         ).images[0]
         return np.asarray(result.convert("RGB"))
@@ -136,38 +129,44 @@ def paste(photo: np.ndarray, result: np.ndarray, mask: np.ndarray) -> np.ndarray
     return np.where(mask[..., None], result, photo)
 
 
-def measure(sample: Sample, method: Method, index: int, lpips: LPIPS | None) -> tuple[dict[str, float], np.ndarray]:
+def measure(sample: Sample, method: Method, seed: int, lpips: list[LPIPS]) -> tuple[dict[str, float], np.ndarray]:
     """
     Lets a method fill the hole of one photo and scores it.
 
     Args:
         sample (`Sample`): The photo; the method gets it with its hole blanked.
-        method (callable): Takes blanked photo, mask and `index`, returns a picture `[H, W, 3]` in `uint8`.
-        index (`int`): Number of the photo.
-        lpips ([`LPIPS`], *optional*): The network; `None` leaves its scores out.
+        method (callable): Takes blanked photo, mask, name and seed, returns a picture `[H, W, 3]` in `uint8`.
+        seed (`int`): Seed for this photo.
+        lpips (list of [`LPIPS`]): The networks; each adds its scores.
 
     Returns:
         `tuple[dict[str, float], np.ndarray]`: The scores by the names of `METRICS`, and the pasted picture.
     """
     start = time.perf_counter()
-    result = method(blank_hole(sample.photo, sample.mask), sample.mask.copy(), index)
+    result = method(blank_hole(sample.photo, sample.mask), sample.mask.copy(), sample.name, seed)
     seconds = time.perf_counter() - start
     picture = paste(sample.photo, result, sample.mask)
-    return score_picture(picture, sample.photo, sample.mask, lpips) | {"seconds": seconds}, picture
+    scores = score_picture(picture, sample.photo, sample.mask)
+    for network in lpips:
+        name = "lpips" if network.is_alexnet else "lpips_vgg"
+        in_hole, in_picture = lpips_in_hole_and_picture(network, picture, sample.photo, sample.mask)
+        scores |= {f"{name}_hole": in_hole, f"{name}_picture": in_picture}
+    return scores | {"seconds": seconds}, picture
 
 
 def measure_methods(
     sample: Sample,
     methods: dict[str, Method],
     index: int,
-    lpips: LPIPS | None,
+    seed: int,
+    lpips: list[LPIPS],
     inception: FeatureExtractor | None,
     output: Path | None = None,
 ) -> dict:
     """Scores all methods on one photo, as `summarise` takes it; `output` is a folder for a sheet of the pictures."""
     scores, panels, features = {}, {"input": blank_hole(sample.photo, sample.mask)}, {}
     for name, method in methods.items():
-        scores[name], panels[name] = measure(sample, method, index, lpips)
+        scores[name], panels[name] = measure(sample, method, seed, lpips)
     picture = {"index": index, "name": sample.name, "mask": sample.kind, "mask_area": float(sample.mask.mean())}
     if inception is not None:
         pictures = {"photo": sample.photo, **{name: panels[name] for name in methods}}
@@ -190,11 +189,11 @@ def side_by_side(panels: dict[str, np.ndarray]) -> Image.Image:
     return sheet
 
 
-def load_networks(args: argparse.Namespace) -> tuple[LPIPS | None, FeatureExtractor | None, list[str]]:
+def load_networks(args: argparse.Namespace) -> tuple[list[LPIPS], FeatureExtractor | None, list[str]]:
     """Loads what LPIPS and FID need; what is not there leaves the other metrics standing, and a note says why."""
-    lpips, inception, notes = None, None, []
+    lpips, inception, notes = [], None, []
     try:
-        lpips = LPIPS.from_pretrained(args.lpips_weights).to(args.device)
+        lpips = [LPIPS.from_pretrained(path).to(args.device) for path in args.lpips_weights or [None]]
     except (ImportError, OSError, RuntimeError) as error:
         notes.append(f"LPIPS was not measured (`--lpips_weights`): {error}")
     if args.protocol != "custom" or args.fid_weights is not None:
@@ -215,7 +214,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", help="checkpoint of a published repository; default: the protocol's")
     add("--data", required=True, help="folder or tar file of photos, for `custom` with masks")
     add("--masks", help="folder or tar file of masks `NAME.png`; default: beside the photos, or drawn by the protocol")
-    add("--lpips_weights", help="safetensors file with the LPIPS network; default: that of the `lpips` package")
+    add(
+        "--lpips_weights",
+        nargs="+",
+        help="safetensors files with LPIPS networks; default: that of the `lpips` package",
+    )
     add("--fid_weights", help="Inception as TorchScript (.pt) or torch-fidelity's weights; default: its download")
     add("--steps", type=int, help="denoising steps; default: the protocol's or the pipeline's")
     add("--guidance_scale", type=float, nargs="+", help="several sweep; default: the protocol's or the pipeline's")
@@ -256,7 +259,7 @@ def scores_depend_on(args: argparse.Namespace, samples: Samples, measured: list[
     """The settings that may not change while a run goes on."""
     names = ("protocol", "model", "checkpoint", "steps", "guidance_scale", "strength", "limit", "resolution", "seed")
     settings = {name: getattr(args, name) for name in (*names, "dtype")}
-    for name in ("data", "masks", "lpips_weights", "fid_weights"):
+    for name in ("data", "masks", "fid_weights"):
         value = getattr(args, name)
         settings[name] = None if value is None else str(Path(value).resolve())
     photos = hashlib.sha256("\n".join(samples.names).encode()).hexdigest()
@@ -293,14 +296,22 @@ def main(arguments: list[str] | None = None) -> None:
 
     journal, done = None, {}
     if args.results is not None:
-        measured = ["psnr", "ssim", *["lpips"] * (lpips is not None), *["fid"] * (inception is not None)]
+        measured = [
+            "psnr",
+            "ssim",
+            *(f"lpips {path}" for path in args.lpips_weights or ["default"] if lpips),
+            *["fid"] * (inception is not None),
+        ]
         with state.main_process_first():
             journal = Journal(args.results, scores_depend_on(args, samples, measured), state.process_index)
         done = journal.read()
         state.wait_for_everyone()
     pending = [i for i in range(state.process_index, len(samples), state.num_processes) if i not in done]
 
-    methods = dict(BASELINES) if args.protocol == "custom" else {}
+    methods = {}
+    if args.protocol == "custom":
+        methods, missing = load_baselines()
+        notes += missing
     pipe = None
     if args.model is not None and (pending or args.efficiency):
         pipe = load_pipeline(args)
@@ -311,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     fresh = []
     for index in tqdm(pending, file=sys.stderr, disable=not state.is_main_process):
         output = None if args.output is None else Path(args.output)
-        fresh.append(measure_methods(samples[index], methods, index, lpips, inception, output))
+        fresh.append(measure_methods(samples[index], methods, index, args.seed + index, lpips, inception, output))
         if journal is not None:
             journal.write(fresh[-1])
     # Each process has read the pictures that were done before; the others' new ones are still to come.

@@ -223,19 +223,3 @@ def _open(option: str, files: dict, name: str) -> Image.Image:
         return image
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"`{option}` must hold readable pictures, but {name} is none: {error}") from error
-
-
-def blank_hole(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """
-    Paints the hole in the mean colour of the visible pixels.
-
-    Args:
-        photo (`np.ndarray` of shape `[H, W, 3]`): `uint8`.
-        mask (`np.ndarray` of shape `[H, W]`): `True` in the hole.
-
-    Returns:
-        `np.ndarray` of shape `[H, W, 3]`, `uint8`, in which nothing of the hole's content is left.
-    """
-    blanked = photo.copy()
-    blanked[mask] = photo[~mask].mean(0).round().astype(np.uint8)
-    return blanked

@@ -79,29 +79,25 @@ def lpips_in_hole_and_picture(
     return in_hole.mean().item(), sum(layer.mean().item() for layer in distances)
 
 
-def score_picture(picture: np.ndarray, photo: np.ndarray, mask: np.ndarray, lpips: LPIPS | None) -> dict[str, float]:
+def score_picture(picture: np.ndarray, photo: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     """
-    All scores of one picture.
+    The scores of one picture that need no network.
 
     Args:
         picture (`np.ndarray` of shape `[H, W, 3]`): `uint8`.
         photo (`np.ndarray` of shape `[H, W, 3]`): `uint8`.
         mask (`np.ndarray` of shape `[H, W]`): `True` in the hole.
-        lpips ([`LPIPS`], *optional*): The network; `None` leaves its scores out.
 
     Returns:
         `dict[str, float]`: Names of `METRICS` in `quality_report`.
     """
     similarity = ssim_map(picture, photo)
-    scores = {
+    return {
         "psnr": psnr(picture[mask], photo[mask]),
         "ssim": float(similarity[mask].mean()),
         "psnr_picture": psnr(picture, photo),
         "ssim_picture": float(similarity.mean()),
     }
-    if lpips is not None:
-        scores["lpips_hole"], scores["lpips_picture"] = lpips_in_hole_and_picture(lpips, picture, photo, mask)
-    return scores
 
 
 def load_inception(path: str | Path | None, device: str | torch.device = "cpu") -> FeatureExtractor:

@@ -18,11 +18,13 @@ METRICS = {
     "psnr": "PSNR in the hole ↑",
     "ssim": "SSIM in the hole ↑",
     "lpips_hole": "LPIPS in the hole ↓",
+    "lpips_vgg_hole": "LPIPS-VGG in the hole ↓",
+    "lpips_vgg_picture": "LPIPS-VGG of the picture ↓",
     "seconds": "s/picture",
 }
-FORMATS = {"ssim": "{:.3f}", "ssim_picture": "{:.3f}", "lpips_hole": "{:.3f}", "lpips_picture": "{:.3f}"}
+FORMATS = {name: "{:.3f}" for name in METRICS if name.startswith(("ssim", "lpips"))}
 # The columns of `custom` and of the paper's protocols; the JSON file holds every score.
-HOLE_COLUMNS = ("psnr", "ssim", "lpips_hole", "lpips_picture", "seconds")
+HOLE_COLUMNS = ("psnr", "ssim", "lpips_hole", "lpips_vgg_hole", "lpips_picture", "seconds")
 PAPER_COLUMNS = ("fid", "lpips_picture", "psnr_picture", "ssim_picture", "seconds")
 INCEPTION_FEATURES = 2048
 
@@ -159,7 +161,14 @@ def markdown_table(summary: dict[str, dict], columns: tuple[str, ...] = HOLE_COL
 def describe_environment(device: str) -> dict[str, str]:
     """Versions and machine that the numbers were made with."""
     versions = {"python": platform.python_version()}
-    for package in ("diffusers-moebius", "torch", "diffusers", "scikit-image", "opencv-python-headless"):
+    for package in (
+        "diffusers-moebius",
+        "torch",
+        "diffusers",
+        "scikit-image",
+        "opencv-python-headless",
+        "PyPatchMatch",
+    ):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, UniPCMultistepScheduler
 from PIL import Image
-from quality_data import Samples, blank_hole
+from quality_data import Samples
 from quality_metrics import lpips_in_hole_and_picture, psnr
 from tqdm.auto import tqdm
 
-from diffusers_moebius import MoebiusInpaintPipeline, bundled_checkpoint
+from diffusers_moebius import MoebiusInpaintPipeline
+from diffusers_moebius.evaluation.methods import blank_hole
 from diffusers_moebius.training.perceptual import LPIPS
 
 SAMPLERS = {
@@ -209,8 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
         lpips = LPIPS.from_pretrained(args.lpips_weights).to(args.device)
     except (ImportError, ValueError) as error:
         sys.exit(f"sampling.py: error: `--lpips_weights`: {error} The extra `lpips` brings the package.")
-    source = bundled_checkpoint(args.model) if args.model == "nano" else args.model
-    pipe = MoebiusInpaintPipeline.from_pretrained(source, dtype=torch.float32).to(args.device).prepare_for_inference()
+    pipe = MoebiusInpaintPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+    pipe.prepare_for_inference()
     samples = Samples(args.data, limit=args.limit, resolution=args.resolution)
     print(markdown_tables(args, compare(args, pipe, lpips, samples)))
     print(f"\n{len(samples)} photos, seed {args.seed}.")

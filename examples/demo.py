@@ -18,7 +18,7 @@ import torch
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 
-from diffusers_moebius import MoebiusInpaintPipeline, bundled_checkpoint
+from diffusers_moebius import MoebiusInpaintPipeline
 
 
 def rocket_and_mask() -> tuple[Image.Image, Image.Image]:
@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
 
     photo, mask = rocket_and_mask()
-    pipe = MoebiusInpaintPipeline.from_pretrained(bundled_checkpoint("nano"))
+    pipe = MoebiusInpaintPipeline.from_pretrained("nano")
     result = pipe(
         image=photo, mask_image=mask, padding_mask_crop=64, generator=torch.Generator().manual_seed(args.seed)
     ).images[0]

@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import ExifTags, Image, ImageCms
 
-import diffusers_moebius
-from diffusers_moebius import convert_release_checkpoint
+from diffusers_moebius import __version__, convert_release_checkpoint
 from diffusers_moebius.cli import main
+from diffusers_moebius.loaders import hub
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 
@@ -238,10 +238,13 @@ def test_adapters_that_are_none(moebius, folder, model, lora, named):
 
 
 def test_default_model_is_named_with_the_way_to_full_quality(moebius, folder, model, monkeypatch):
-    monkeypatch.setattr(diffusers_moebius, "bundled_checkpoint", {"nano": model}.__getitem__, raising=False)
+    monkeypatch.setattr(hub, "bundled_checkpoints", lambda: {"nano": Path(model)})
     code, out, err = moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--steps", 2)
     assert (code, out) == (0, ["out.png"])
     assert len(err) == 1 and "'nano'" in err[0] and "--model hustvl/Moebius" in err[0]
+    Path("nano").symlink_to(model)
+    code, _, err = moebius("inpaint", "photo.png", "mask.png", "-o", "out2.png", "--steps", 2)
+    assert (code, err) == (0, [])  # a folder of that name is not the bundled model
 
 
 def test_preview_shows_photo_mask_and_result(moebius, folder, model):
@@ -761,7 +764,7 @@ def test_help_shows_an_example(moebius, command):
 
 
 def test_version(moebius):
-    assert moebius("--version") == (0, [f"moebius {diffusers_moebius.__version__}"], [])
+    assert moebius("--version") == (0, [f"moebius {__version__}"], [])
 
 
 def test_conversion_without_the_hub_is_one_line(moebius, folder, parity_dir, monkeypatch):

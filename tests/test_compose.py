@@ -1,6 +1,7 @@
 """The code of docs/compose.md."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 from diffusers.modular_pipelines import components_manager
+from diffusers.utils import dynamic_modules_utils
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
@@ -131,3 +133,13 @@ def test_share_components_and_memory(session, monkeypatch):
     assert len(manager.model_hooks) == 3
     for result in (names["preview"], names["result"]):
         assert outside_is_exact_and_inside_is_new(names, result)
+
+
+@pytest.mark.slow
+def test_save_it_load_it_elsewhere(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names = session.run("Save it, load it elsewhere")
+    assert type(names["elsewhere"].unet).__module__.startswith("diffusers_modules.")
+    assert names["elsewhere"].guider.config.guidance_scale == names["pipe"].guider.config.guidance_scale
+    assert outside_is_exact_and_inside_is_new(names, names["same"])

@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
             teacher_output = None
             if needs_teacher:
                 with torch.no_grad(), accelerator.autocast():
-                    tokens = teacher_embedder(noised.category_ids)
+                    tokens = teacher_embedder(noised.category_ids).embeds
                     sample = noised.model_input.to(teacher.dtype)
                     teacher_output = teacher(sample, noised.timesteps, tokens, output_hidden_states=True)
             clean = predicted_clean_latents(

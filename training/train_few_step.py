@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     embedder, channels = teacher_pipeline.lcg_embedder, pipeline.vae.config.latent_channels
     with torch.no_grad():
         foreground, background = (
-            embedder(embedder.category_ids(category, 1, device)) for category in ("foreground", "background")
+            embedder(embedder.category_ids(category, 1, device)).embeds for category in ("foreground", "background")
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%s, %.2f M parameters are trained", describe_dataset(args, dataset), trained / 1e6)

@@ -50,6 +50,11 @@ class TestFolders:
         }
         assert source.left_out == ["album/x.xmp"]
 
+    def test_a_shard_beside_pictures_is_none(self, tmp_path):
+        touch(tmp_path, "photos/a.png", "photos/backup.tar", "mask.png")
+        source = find_photos(tmp_path / "photos", tmp_path / "mask.png")
+        assert [item.key for item in source.items] == ["a.png"] and source.left_out == ["backup.tar"]
+
     def test_without_pictures(self, tmp_path):
         touch(tmp_path, "photos/notes.txt", "mask.png")
         with pytest.raises(ValueError, match="PHOTO must hold pictures"):

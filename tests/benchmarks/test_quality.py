@@ -96,18 +96,18 @@ def write_data(folder: Path, photo: np.ndarray, mask: np.ndarray, count: int = 3
 def test_psnr_in_hole_and_picture(metrics, photo, mask):
     picture = photo.copy()
     picture[mask] -= 10
-    scores = metrics.score_picture(picture, photo, mask, None)
+    scores = metrics.score_picture(picture, photo, mask)
     assert scores["psnr"] == pytest.approx(20 * np.log10(255 / 10))
     assert scores["psnr_picture"] == pytest.approx(scores["psnr"] - 10 * np.log10(mask.mean()))
     assert set(scores) == {"psnr", "ssim", "psnr_picture", "ssim_picture"}  # without a network no LPIPS
     picture[~mask] = 0
-    assert metrics.score_picture(picture, photo, mask, None)["psnr"] == scores["psnr"]
+    assert metrics.score_picture(picture, photo, mask)["psnr"] == scores["psnr"]
     assert metrics.psnr(photo, photo) == float("inf")
 
 
 def test_ssim_follows_its_formula(metrics, photo, mask):
     def ssim_in_hole(picture, photo):
-        return metrics.score_picture(picture, photo, mask, None)["ssim"]
+        return metrics.score_picture(picture, photo, mask)["ssim"]
 
     # A flat picture of value a against a flat one of b: variances are zero, the luminance term is left.
     a, b, c1 = 100.0, 150.0, (0.01 * 255) ** 2
@@ -136,7 +136,7 @@ def test_lpips_in_hole_and_picture(quality, metrics, photo, mask, lpips_weights)
 def test_nothing_of_the_hole_reaches_a_method(quality, photo, mask, lpips_weights):
     seen = []
 
-    def spy(blanked, mask, index):
+    def spy(blanked, mask, name, seed):
         seen.append(blanked.copy())
         return np.zeros_like(blanked)
 
@@ -144,7 +144,7 @@ def test_nothing_of_the_hole_reaches_a_method(quality, photo, mask, lpips_weight
     other[mask] = 255 - other[mask]
     lpips = LPIPS.from_pretrained(lpips_weights)
     for truth in (photo, other):
-        _, picture = quality.measure(quality.Sample("a", truth, mask, "blob"), spy, 0, lpips)
+        _, picture = quality.measure(quality.Sample("a", truth, mask, "blob"), spy, 0, [lpips])
         np.testing.assert_array_equal(picture[~mask], photo[~mask])
         assert (picture[mask] == 0).all()
     np.testing.assert_array_equal(seen[0], seen[1])
@@ -154,7 +154,9 @@ def test_nothing_of_the_hole_reaches_a_method(quality, photo, mask, lpips_weight
 def test_opencv_continues_a_gradient_better_than_the_mean_colour(quality, photo, mask, lpips_weights):
     lpips = LPIPS.from_pretrained(lpips_weights)
     sample = quality.Sample("a", photo, mask, "blob")
-    scores = {name: quality.measure(sample, method, 0, lpips)[0] for name, method in quality.BASELINES.items()}
+    scores = {
+        name: quality.measure(sample, method, 0, [lpips])[0] for name, method in quality.load_baselines()[0].items()
+    }
     for name in ("OpenCV Telea", "OpenCV Navier–Stokes"):
         assert scores[name]["psnr"] > scores["mean colour"]["psnr"] + 3
         assert scores[name]["lpips_hole"] < scores["mean colour"]["lpips_hole"]
@@ -208,7 +210,7 @@ def test_means_by_kind_of_hole(reports):
     assert [(kind, group["count"]) for kind, group in summary.items()] == [("all", 3), ("blob", 2), ("strokes", 1)]
     assert [group["scores"]["x"]["psnr"] for group in summary.values()] == [3.0, 1.5, 6.0]
     table = reports.markdown_table(summary)
-    assert "| x | 3.00 | 3.000 | 3.000 | 3.000 | 3.00 |" in table
+    assert "| x | 3.00 | 3.000 | 3.000 | 3.000 | 3.000 | 3.00 |" in table
     assert "**Holes: strokes** (1 pictures)" in table
     assert list(reports.summarise([picture("blob", 1.0)])) == ["all"]
 
@@ -218,13 +220,13 @@ def test_main_prints_a_table_and_writes_pictures_and_json(quality, photo, mask, 
     options = ["--data", folder, "--lpips_weights", lpips_weights, "--output", tmp_path / "sheets"]
     quality.main([str(option) for option in [*options, "--json", tmp_path / "scores.json"]])
     table = capsys.readouterr().out
-    assert all(f"| {name} |" in table for name in quality.BASELINES)
+    assert all(f"| {name} |" in table for name in quality.load_baselines()[0])
     report = json.loads((tmp_path / "scores.json").read_text())
     assert [picture["name"] for picture in report["pictures"]] == ["000000", "000001", "000002"]
     assert report["means"]["blob"]["count"] == 2
-    # Input, three baselines and the photo.
+    # Input, baselines and the photo.
     sheet = np.asarray(Image.open(tmp_path / "sheets" / "000000.png"))
-    assert sheet.shape == (SIZE + 20, 5 * SIZE, 3)
+    assert sheet.shape == (SIZE + 20, (len(quality.load_baselines()[0]) + 2) * SIZE, 3)
     np.testing.assert_array_equal(sheet[20:, -SIZE:], photo)
 
 

@@ -103,7 +103,8 @@ def test_wrong_options_are_refused(sampling, capsys, option):
 )
 def test_without_lpips_it_says_what_is_missing(sampling, data, monkeypatch, options, words):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    monkeypatch.setattr(sampling, "bundled_checkpoint", lambda _: pytest.fail("the model was loaded"))
+    loading = lambda *args, **options: pytest.fail("the model was loaded")  # noqa: E731
+    monkeypatch.setattr(sampling.MoebiusInpaintPipeline, "from_pretrained", loading)
     with pytest.raises(SystemExit) as caught:
         sampling.main(["--data", str(data), *options])
     assert words in str(caught.value) and "`--lpips_weights`" in str(caught.value)

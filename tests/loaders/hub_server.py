@@ -16,6 +16,7 @@ class Repository:
 
     revisions: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     token: str | None = None  # who may read it, if it is private
+    variables: dict[str, str] = field(default_factory=dict)  # settings of a Space
 
     def commit(self, revision: str) -> str | None:
         """The commit of a branch or tag, or of a commit hash itself."""
@@ -110,8 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self._create(json.loads(body))
-        is_api = path.startswith("/api/models/")
-        parts = path.removeprefix("/api/models/").strip("/").split("/")
+        is_api = path.startswith(("/api/models/", "/api/spaces/"))
+        parts = (path.split("/", 3)[3] if is_api else path).strip("/").split("/")
         repo_id, action = "/".join(parts[:2]), parts[2:]
         repository = self.hub.repositories.get(repo_id)
         allowed = repository is not None and repository.token in (None, self._token())
@@ -139,9 +140,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(
                 {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
             )
+        if is_api and action[:1] == ["variables"]:
+            variable = json.loads(body)
+            repository.variables[variable["key"]] = variable["value"]
+            return self._json({variable["key"]: {"value": variable["value"]}})
         if is_api and action[:1] == ["commit"]:
             for line in body.splitlines():
                 item = json.loads(line)
+                if item["key"] == "deletedFile":
+                    del files[item["value"]["path"]]
                 if item["key"] == "file":
                     files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
             return self._json({"commitUrl": f"{self.hub.url}/{repo_id}", "commitOid": repository.commit(revision)})

@@ -609,6 +609,7 @@ assert not [name for name in sys.modules if name.startswith("diffusers_moebius."
 """
 
 
+@pytest.mark.slow
 def test_without_this_package(saved_hub, saved, tiny_pipeline, tmp_path):
     saved_hub.add("somebody/inpaint-1.5").add_folder(saved)  # with a dot, which is none between modules
     script = tmp_path / "run.py"

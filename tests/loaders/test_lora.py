@@ -715,11 +715,13 @@ def run_elsewhere(source, *arguments, home):
     subprocess.run([sys.executable, "-c", source, *map(str, arguments)], env=environment, check=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_without_peft(student, tmp_path):
     student.save_pretrained(tmp_path / "saved")
     run_elsewhere(WITHOUT_PEFT, tmp_path / "saved", tmp_path / "copy", home=tmp_path / "home")
 
 
+@pytest.mark.slow
 def test_adapters_of_a_saved_pipeline_without_this_package(student, tmp_path):
     student.save_pretrained(tmp_path / "saved")
     folder = save_adapter(student, tmp_path / "adapter")

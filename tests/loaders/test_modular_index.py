@@ -12,7 +12,7 @@ import torch
 from diffusers.modular_pipelines import ModularPipeline
 from PIL import Image
 
-from diffusers_moebius import MoebiusInpaintPipeline, MoebiusModularPipeline
+from diffusers_moebius import MoebiusAutoBlocks, MoebiusInpaintPipeline, MoebiusModularPipeline
 
 
 def run_modular(pipeline) -> np.ndarray:
@@ -67,6 +67,19 @@ def test_the_package_s_class_needs_no_trust_and_saves_what_it_loads(saved, expec
             again.config[f"default_{name}"] == MoebiusInpaintPipeline.from_pretrained(saved).config[f"default_{name}"]
         )
     np.testing.assert_array_equal(run_modular(MoebiusModularPipeline.from_pipe(again)), expected)
+
+
+def test_upload_names_the_repository(hub, saved):
+    MoebiusModularPipeline.from_pretrained(saved).push_to_hub("somebody/modular", token="hf_secret")
+    index = json.loads(hub.repositories["somebody/modular"].files("main")["modular_model_index.json"])
+    assert index["unet"][2]["pretrained_model_name_or_path"] == "somebody/modular"
+
+
+def test_blocks_find_their_components_in_a_folder(saved, expected):
+    pipeline = MoebiusAutoBlocks().init_pipeline(str(saved))
+    assert pipeline.unet is None
+    pipeline.load_components()
+    np.testing.assert_array_equal(run_modular(pipeline), expected)
 
 
 WITHOUT_PACKAGE = """

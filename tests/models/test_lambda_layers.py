@@ -2,7 +2,7 @@ import pytest
 import torch
 from numbers_of_models import randomize_statistics, relative_error
 
-from diffusers_moebius.models.lambda_layers import (
+from diffusers_moebius.models.unet_2d_moebius import (
     FastLocalLambdaProcessor,
     InteractiveLambda,
     LocalLambda,

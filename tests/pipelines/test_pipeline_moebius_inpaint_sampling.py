@@ -138,8 +138,8 @@ class TestGuidance:
         run = {"image": photo(), "mask_image": hole(), "strength": 1.0, "num_inference_steps": 2, "latents": start}
         result = pipe(**run, guidance_scale=3.0, guidance_end=0.5, output_type="latent").images
         embedder = pipe.lcg_embedder
-        foreground = embedder(embedder.category_ids("foreground"))[0]
-        background = embedder(embedder.category_ids("background"))[0]
+        foreground = embedder(embedder.category_ids("foreground")).embeds[0]
+        background = embedder(embedder.category_ids("background")).embeds[0]
         torch.testing.assert_close(inputs[0][1], torch.stack([foreground, background]))
         torch.testing.assert_close(inputs[1][1], background[None])
         torch.testing.assert_close(inputs[0][0][0], inputs[0][0][1])

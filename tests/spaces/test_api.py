@@ -68,7 +68,7 @@ def test_what_is_wrong_gives_an_error_and_the_next_call_works(client, downloads,
     cases = [
         ((bad, mask, {}), "not a picture"),
         ((photo, bad, {}), "not a picture"),
-        ((photo, small, {}), "photo's size"),
+        ((photo, small, {}), "same size"),
         ((photo, empty, {}), "Nothing is marked"),
         ((photo, mask, {"steps": 0}), "steps"),
         ((photo, mask, {"model": "../../etc"}), "not the name of a repository"),

@@ -417,3 +417,11 @@ def test_a_port_in_use_is_named(demo_url):
 
     with pytest.raises(ValueError, match="--port"):
         launch_demo(host="127.0.0.1", port=int(demo_url.rstrip("/").rpartition(":")[2]), quiet=True)
+
+
+def test_by_default_the_mask_grows_with_the_photo(demo, session, hole):
+    _, (result,) = list(run(demo, session, hole, edge_margin=None))[-1]
+    assert "--mask-dilation 2" in session.version(result).command  # of 200 pixels
+    before, after = (np.asarray(version.photo.image) for version in session.versions.values())
+    rows = np.flatnonzero((before != after).any(axis=(1, 2)))
+    assert (rows.min(), rows.max()) == (78, 121)

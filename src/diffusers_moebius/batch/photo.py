@@ -13,9 +13,6 @@ from ..pictures.files import ImageMetadata, read_image
 if TYPE_CHECKING:
     from ..pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 
-# What a mask grows by where nothing else is said: it leaves rims and shadows out more often than not.
-DILATION_AT_512 = 4
-
 
 class Item(NamedTuple):
     """
@@ -106,6 +103,7 @@ def read_photo(item: Item, options: MaskOptions) -> Photo:
         dilate_mask,
         fit_mask,
         read_mask,
+        removal_dilation,
     )
 
     try:
@@ -116,9 +114,8 @@ def read_photo(item: Item, options: MaskOptions) -> Photo:
     remarks = [f"{item.mask_name}: {remark}" for remark in remarks]
     if not mask.any():
         remarks.append(f"{item.mask_name}: nothing is filled, so {item.name} stays as it is")
-    pixels = options.dilation
-    if pixels is None:
-        pixels = round(DILATION_AT_512 * min(image.size) / 512)
+    # Masks leave out rims and shadows more often than not.
+    pixels = removal_dilation(*image.size) if options.dilation is None else options.dilation
     return Photo(item, image, dilate_mask(mask, pixels), metadata, remarks)
 
 
@@ -157,8 +154,7 @@ def fill_photos(
     except (ValueError, torch.OutOfMemoryError) as error:
         if len(photos) > 1:
             return [result for photo in photos for result in fill_photos(pipeline, [photo], seed, options)]
+        name = photos[0].item.name
         if isinstance(error, torch.OutOfMemoryError):
-            error = ValueError(
-                f"{photos[0].item.name} takes more memory than the device has; `--device cpu` may have more."
-            )
-        return [error]
+            return [ValueError(f"{name} takes more memory than the device has; `--device cpu` may have more.")]
+        return [ValueError(f"{name}: {error}")]

@@ -1,6 +1,5 @@
 """The run over many photos: reading ahead and writing behind in threads while the model works."""
 
-import math
 import os
 import time
 from collections import deque
@@ -112,10 +111,16 @@ def inpaint_items(
                 yield Outcome(item, error=_expected(future.exception()))
                 continue
             if pipeline is None:
+                from ..pictures.region import find_region  # brings torch
+
                 pipeline = load_pipeline()
                 batch_size = batch_size or _suggest_batch_size(pipeline)
             photo, seconds = future.result()
-            size = _working_size(photo, pipeline, options.get("padding_mask_crop"))
+            try:
+                size = find_region(photo.image, photo.mask, pipeline.sizes, options.get("padding_mask_crop")).size
+            except ValueError as error:
+                yield Outcome(item, [], photo.remarks, seconds, ValueError(f"{item.name}: {error}"))
+                continue
             waiting.setdefault(size, []).append((photo, seconds))
             if len(waiting[size]) == batch_size:
                 yield from fill(waiting.pop(size))
@@ -146,17 +151,6 @@ def _expected(error: BaseException) -> Exception:
     if isinstance(error, (ValueError, OSError)):
         return error
     raise error
-
-
-def _working_size(photo: Photo, pipeline: "MoebiusInpaintPipeline", margin: int | None) -> tuple[int, int]:
-    """The size at which a photo runs through the model: photos that share it can run together."""
-    from ..pictures.region import crop_region, working_size
-
-    box = (0, 0, *photo.image.size)
-    if margin is not None and photo.mask.any():
-        box = crop_region(photo.mask, margin, 2 * pipeline.vae_scale_factor)
-    size = working_size(box[3] - box[1], box[2] - box[0], pipeline.native_size)
-    return tuple(math.ceil(length / pipeline.size_multiple) * pipeline.size_multiple for length in size)
 
 
 def _suggest_batch_size(pipeline: "MoebiusInpaintPipeline") -> int:

@@ -31,7 +31,10 @@ class FileSink:
 
     def holds(self, item: Item) -> bool:
         """Whether a photo's result is there already."""
-        return self.target_of(item).exists()
+        try:
+            return self.target_of(item).exists()
+        except ValueError:  # `check` says why
+            return False
 
     def check(self, photo: Photo) -> list[str]:
         """Checks that a photo's result can be written, and says what its format cannot hold."""

@@ -45,7 +45,8 @@ def info(
 
 def _describe(pipeline: "MoebiusInpaintPipeline") -> dict[str, Any]:
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+
+    from ..models.multiply_adds import count_multiply_adds
 
     components = {}
     for name, component in pipeline.components.items():
@@ -65,20 +66,13 @@ def _describe(pipeline: "MoebiusInpaintPipeline") -> dict[str, Any]:
     for model in (unet, vae):  # On the meta device shapes are worked out and nothing is computed.
         model.to("meta").requires_grad_(False)
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device="meta", dtype=dtype)
-
-    tokens = empty(1, pipeline.lcg_embedder.context_length, pipeline.lcg_embedder.config.embedding_dim)
+    tokens = (1, pipeline.lcg_embedder.context_length, pipeline.lcg_embedder.config.embedding_dim)
     calls = {
-        "unet_evaluation": lambda: unet(empty(1, unet.config.in_channels, side, side), empty(1), tokens),
-        "vae_encoding": lambda: vae.encode(empty(1, 3, pixels, pixels)),
-        "vae_decoding": lambda: vae.decode(empty(1, unet.config.out_channels, side, side)),
+        "unet_evaluation": (unet, (1, unet.config.in_channels, side, side), (1,), tokens),
+        "vae_encoding": (vae.encode, (1, 3, pixels, pixels)),
+        "vae_decoding": (vae.decode, (1, unet.config.out_channels, side, side)),
     }
-    multiply_adds = {}
-    for name, call in calls.items():
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            call()
-        multiply_adds[name] = counter.get_total_flops() // 2
+    multiply_adds = {name: count_multiply_adds(*call, dtype=dtype) for name, call in calls.items()}
     # Guidance evaluates the U-Net for background and foreground.
     multiply_adds["guided_step"] = 2 * multiply_adds["unet_evaluation"]
     return {

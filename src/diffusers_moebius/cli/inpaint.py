@@ -21,6 +21,7 @@ from .model import (
     Scheduler,
     add_adapters,
     check_device,
+    is_bundled,
     load_pipeline,
     make_scheduler,
     split_scale,
@@ -41,6 +42,15 @@ class Paste(str, Enum):
     exact = "exact"
     seamless = "seamless"
     blur = "blur"
+    none = "none"
+
+
+class Detail(str, Enum):
+    """The ways in which the filling gets texture from the photo itself."""
+
+    auto = "auto"
+    patches = "patches"
+    enlarged = "enlarged"
     none = "none"
 
 
@@ -160,6 +170,14 @@ def inpaint(
     resize_mask: Annotated[
         bool, typer.Option("--resize-mask", help="Stretch a mask whose aspect ratio is not the photo's.")
     ] = False,
+    detail: Annotated[
+        Detail,
+        typer.Option(
+            help="Texture from the photo itself. patches: copied from around each hole, led by the model's filling"
+            " where that helps; enlarged: only where the model works below the photo's size, always led; none: the"
+            " model's filling alone; auto: enlarged, or patches with nano."
+        ),
+    ] = Detail.auto,
     paste: Annotated[
         Paste,
         typer.Option(
@@ -231,7 +249,7 @@ def inpaint(
         raise ValueError(f"`--strength` must be above 0 and at most 1, but is {strength}.")
     if not mask_threshold > 0:
         raise ValueError(f"`--mask-threshold` must be above 0, but is {mask_threshold}.")
-    if model == DEFAULT_MODEL and checkpoint is not None:
+    if is_bundled(model) and checkpoint is not None:
         raise ValueError(f"`--checkpoint` is for published repositories, but the model is {model!r}.")
     check_device(device)
     adapters = [split_scale(value) for value in lora or []]
@@ -241,7 +259,7 @@ def inpaint(
     sink = _make_sink(source, photo, output, output_pattern, output_format, shard_size, overwrite, preview)
 
     def load() -> "MoebiusInpaintPipeline":
-        if model == DEFAULT_MODEL:
+        if is_bundled(model):
             note(f"using the small model {model!r} that comes with the package; {FULL_MODEL_HINT}")
         pipeline = load_pipeline(model, checkpoint, device, dtype)
         add_adapters(pipeline, adapters)
@@ -261,6 +279,7 @@ def inpaint(
         "strength": strength,
         "masked_content": masked_content.value,
         "padding_mask_crop": None if no_crop else crop_margin,
+        "detail": None if detail is Detail.none else detail.value,
         "paste": None if paste is Paste.none else paste.value,
         "color_compensation": color_compensation,
     }

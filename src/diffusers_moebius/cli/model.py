@@ -62,21 +62,31 @@ CheckpointOption = Annotated[
 ]
 
 
-def load_pipeline(model: str, checkpoint: str | None, device: str, dtype: DType) -> "MoebiusInpaintPipeline":
+def is_bundled(model: str) -> bool:
+    """Whether a name is that of the model that is part of the package; a folder of that name goes before it."""
+    return model == DEFAULT_MODEL and not os.path.isdir(model)
+
+
+def load_pipeline(
+    model: str, checkpoint: str | None, device: str, dtype: DType, vae: str | None = None
+) -> "MoebiusInpaintPipeline":
     import diffusers
     import torch
 
-    from .. import MoebiusInpaintPipeline, bundled_checkpoint
+    from .. import MoebiusInpaintPipeline
 
     torch_device = choose_device(device)
     if dtype is DType.auto:
         torch_dtype = torch.float16 if torch_device.type == "cuda" else torch.float32
     else:
         torch_dtype = getattr(torch, dtype.value)
-    source = bundled_checkpoint(model) if model == DEFAULT_MODEL else model
+    if Path(model, "unet", "model.onnx").is_file():
+        from ..export import load_onnx_pipeline
+
+        return load_onnx_pipeline(model)
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipeline = MoebiusInpaintPipeline.from_pretrained(source, checkpoint=checkpoint, dtype=torch_dtype)
+        pipeline = MoebiusInpaintPipeline.from_pretrained(model, checkpoint=checkpoint, vae=vae, dtype=torch_dtype)
     except Exception as error:  # Broken weights, an unreachable hub and an odd config all raise errors of their own.
         raise ValueError(f"The model {model} cannot be loaded: {error}") from error
     finally:
@@ -125,7 +135,9 @@ def check_device(device: str) -> None:
         raise ValueError("`--device` mps is for Macs.")
     if kind == "cuda":
         version_file = Path(find_spec("torch").origin).with_name("version.py")
-        if version_file.exists() and re.search(r"^cuda.*=\s*None$", version_file.read_text(), re.MULTILINE):
+        build = version_file.read_text() if version_file.exists() else ""
+        # AMD's build, which has hip, calls its devices cuda, too.
+        if all(re.search(rf"^{name}\b.*=\s*None$", build, re.MULTILINE) for name in ("cuda", "hip")):
             raise ValueError(f"`--device` is {device}, but the PyTorch that is installed is a build without CUDA.")
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from ..pictures.mask import load_masks, mask_values
-from ..pictures.picture import load_pictures
+from ..pictures.mask import fit_mask, read_mask, removal_dilation
 from .handlers import DEFAULT_CONTEXT, Demo, friendly
 from .inpainting import generate
 from .models import OWN
@@ -26,7 +25,7 @@ def add_api(demo: Demo) -> None:
         steps: float | None = None,
         guidance: float | None = None,
         seed: float = 0,
-        edge_margin: float = 0,
+        edge_margin: float | None = None,
         surroundings: float = DEFAULT_CONTEXT,
         color_compensation: bool = False,
         file_format: str = "PNG",
@@ -43,12 +42,11 @@ def add_api(demo: Demo) -> None:
         folder = Path(tempfile.mkdtemp(prefix="moebius-demo-"))
         try:
             opened, given = open_photo(photo), open_photo(mask).image
-            if given.size != opened.image.size:
-                raise VisitorError(
-                    f"mask must have the photo's size, {opened.image.width}×{opened.image.height} pixels, but is "
-                    f"{given.width}×{given.height}."
-                )
-            values = load_masks(mask_values(given) >= 0.5, load_pictures(opened.image))[0]
+            try:
+                values = fit_mask(read_mask(given)[0], opened.image.height, opened.image.width)
+            except ValueError as error:
+                raise VisitorError(str(error)) from error
+            edge_margin = removal_dilation(*opened.image.size) if edge_margin is None else edge_margin
             values = demo.grow(values, edge_margin)
             name = model or demo.shelf.default
             source = demo.shelf.resolve(name) if name in demo.shelf.sources else demo.shelf.resolve(OWN, name)
@@ -72,7 +70,7 @@ def add_api(demo: Demo) -> None:
             gr.Number(None, label="steps (none: the model's own)"),
             gr.Number(None, label="guidance (none: the model's own)"),
             gr.Number(0, label="seed"),
-            gr.Number(0, label="edge margin (pixels)"),
+            gr.Number(None, label="edge margin in pixels (none: by the photo's size)"),
             gr.Number(DEFAULT_CONTEXT, label="surroundings (percent of the mask)"),
             gr.Checkbox(False, label="match colours"),
             gr.Textbox("PNG", label="file format (PNG or JPEG)"),

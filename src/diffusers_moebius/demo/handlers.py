@@ -11,7 +11,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ..pictures.mask import dilate_mask
+from ..pictures.mask import dilate_mask, removal_dilation
 from .examples import available_examples
 from .inpainting import Settings, Step, generate, set_shelf
 from .models import OWN, ModelShelf, on_zero_gpu
@@ -133,7 +133,7 @@ class Demo:
         marked: str | dict,
         model: str,
         own: str,
-        edge_margin: float,
+        edge_margin: float | None,
         count: float = 1,
         seed: float = 0,
         **options,
@@ -146,7 +146,7 @@ class Demo:
             marked (`str` or `dict`): What the editor sends: `photo` (id) and `mask` (data URL or none).
             model (`str`): Name on the page's list.
             own (`str`): Repository, where the name says that it is another.
-            edge_margin (`float`): Pixels of the photo by which the mask grows.
+            edge_margin (`float`, *optional*): Pixels of the photo by which the mask grows; by default by its size.
             count (`float`, defaults to 1): Candidates, with seeds that follow each other.
             seed (`float`, defaults to 0): Seed of the first.
             options: The other arguments of [`settings`].
@@ -161,6 +161,7 @@ class Demo:
         stop_flag = session.begin_run()
         # The edge margin is in pixels of the photo, the mask is that of the view.
         mask = scale_mask(painted_mask(marked.get("mask"), view.size), photo.image.size)
+        edge_margin = removal_dilation(*photo.image.size) if edge_margin is None else edge_margin
         grown = self.grow(mask, edge_margin)
         count = checked("candidates", count, 1, MAX_CANDIDATES)
         source = self.shelf.resolve(model, own)

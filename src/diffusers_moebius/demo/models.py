@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .. import MoebiusInpaintPipeline, bundled_checkpoint
+from .. import MoebiusInpaintPipeline
 from .photos import VisitorError
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ def _load(source: str, checkpoint: str | None) -> MoebiusInpaintPipeline:
     )
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:
-        location = bundled_checkpoint(source) if source == "nano" else source
-        return MoebiusInpaintPipeline.from_pretrained(location, checkpoint=checkpoint, dtype=dtype).to(device)
+        return MoebiusInpaintPipeline.from_pretrained(source, checkpoint=checkpoint, dtype=dtype).to(device)
     except Exception as error:  # Broken weights, an unreachable hub and an odd config all raise errors of their own.
         logger.warning("%s cannot be loaded", source, exc_info=True)
         name = Path(source).name if Path(source).is_dir() else source

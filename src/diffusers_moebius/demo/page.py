@@ -37,7 +37,9 @@ MARKED = """(...values) => {
   return values;
 }"""
 SET_MARGINS = """(grow, percent) => {
-  window.moebiusEditor?.setMargins({ grow, context: { percent, least: 32 } });
+  const editor = window.moebiusEditor;
+  grow = grow.trim() === "" ? 4 * Math.min(...(editor?.photoSize ?? [0])) / 512 : Math.min(Number(grow) || 0, 200);
+  editor?.setMargins({ grow, context: { percent, least: 32 } });
   return [];
 }"""
 # Fonts by name alone: gradio's own themes would fetch theirs from another server.
@@ -153,7 +155,9 @@ class Page:
                 1, MAX_CANDIDATES, value=1, step=1, label="Candidates to choose from", elem_id="count"
             )
         with gr.Row():
-            self.margin = gr.Slider(0, 100, value=0, step=1, label="Edge margin (pixels)")
+            self.margin = gr.Textbox(
+                label="Edge margin (0 to 200 pixels)", placeholder="4 for each 512 pixels of the photo", max_lines=1
+            )
             self.context = gr.Slider(0, 400, value=DEFAULT_CONTEXT, step=5, label="Surroundings seen (% of the mask)")
         self.compensate = gr.Checkbox(False, label="Match the filling's colours to those around it")
 
@@ -276,7 +280,7 @@ class Page:
                     marked,
                     model,
                     own,
-                    margin,
+                    parse_number("edge margin", margin),
                     count,
                     seed,
                     steps=parse_number("steps", steps),

@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import USE_PEFT_BACKEND, get_peft_kwargs, logging
 from safetensors import safe_open
 
-from ..models.adapter_layers import adapter_layers, check_adapters_fused
+from ..models.fusion import adapter_layers, check_adapters_fused
 from .hub import HUB_ARGUMENTS, ModelSource
 from .release_checkpoint import read_state_dict
 

@@ -28,15 +28,17 @@ OWN_IMPORT = re.compile(r"^( *)from (\.+[\w.]+) import ", re.MULTILINE)
 ENTRY = '''"""What diffusers loads of this folder: it fetches each file that a line here names."""
 
 import sys
-from os.path import dirname, join
+from importlib import invalidate_caches
+from os.path import dirname
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
 {fetched}
 package = sys.modules.setdefault(__package__, ModuleType(__package__))
-folders = [join(dirname(__file__), folder) for folder in {folders}]
-package.__path__ = list(dict.fromkeys([*folders, *getattr(package, "__path__", []), dirname(__file__)]))
+here = dirname(__file__)
+package.__path__ = list(dict.fromkeys([{folders}*getattr(package, "__path__", []), here]))
+invalidate_caches()
 
 from .{module} import {name}
 '''
@@ -92,7 +94,7 @@ def write_code(
     )
     text = ENTRY.format(
         fetched="".join(f"    from .{file.removesuffix('.py')} import *\n" for file in fetched),
-        folders=list(elsewhere),
+        folders="".join(f'f"{{here}}/{inner}", ' for inner in elsewhere),
         module=module.rpartition(".")[2],
         name=name,
     )

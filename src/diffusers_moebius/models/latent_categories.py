@@ -1,9 +1,24 @@
 """The latent-categories-guidance (LCG) embedding: which kind of content the hole is to be filled with."""
 
+from dataclasses import dataclass
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
 from torch import nn
+
+
+@dataclass
+class LatentCategoriesEmbedderOutput(BaseOutput):
+    """
+    The output of [`LatentCategoriesEmbedder`].
+
+    Args:
+        embeds (`torch.Tensor` of shape `[B, context_length, embedding_dim]`): The context tokens.
+    """
+
+    embeds: torch.Tensor
 
 
 class LatentCategoriesEmbedder(ModelMixin, ConfigMixin):
@@ -58,12 +73,16 @@ class LatentCategoriesEmbedder(ModelMixin, ConfigMixin):
         ids = torch.arange(first, first + self.context_length, device=device)
         return ids.expand(batch_size, -1)
 
-    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.LongTensor, return_dict: bool = True
+    ) -> LatentCategoriesEmbedderOutput | tuple[torch.Tensor]:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `[B, context_length]`): Category ids.
+            return_dict (`bool`, defaults to `True`): Return a [`LatentCategoriesEmbedderOutput`] instead of a tuple.
 
         Returns:
-            `torch.Tensor` of shape `[B, context_length, embedding_dim]`.
+            [`LatentCategoriesEmbedderOutput`], or a tuple of the embeddings.
         """
-        return self.embedding_layer(input_ids)
+        embeds = self.embedding_layer(input_ids)
+        return LatentCategoriesEmbedderOutput(embeds=embeds) if return_dict else (embeds,)

@@ -1,27 +1,23 @@
 """Gated linear attention, and what attention layers with exchangeable algorithms share."""
 
-from importlib import import_module
-
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 
-class ProcessedAttention(nn.Module):
-    """A layer whose algorithm is a processor of one of its `processor_types`."""
+class ProcessedAttention(nn.Module, AttentionModuleMixin):
+    """A layer whose algorithm is a processor of one of its `_available_processors`."""
 
-    processor_types: tuple[type, ...] = ()
-
-    def get_processor(self):
-        return self.processor
+    _supports_qkv_fusion = False
 
     def set_processor(self, processor) -> None:
-        if not isinstance(processor, self.processor_types):
-            allowed = ", ".join(cls.__name__ for cls in self.processor_types)
+        if not isinstance(processor, tuple(self._available_processors)):
+            allowed = ", ".join(cls.__name__ for cls in self._available_processors)
             raise ValueError(
                 f"`processor` of {type(self).__name__} must be one of {allowed}, but is {type(processor).__name__}."
             )
-        self.processor = processor
+        super().set_processor(processor)
 
 
 class GatedLinearAttentionProcessor:
@@ -88,14 +84,13 @@ class FlashGatedLinearAttentionProcessor:
 
     def __init__(self):
         try:
-            # Not an import statement, or diffusers would warn at each load of saved code that it is missing.
-            chunk_gla = import_module("fla.ops.gla").chunk_gla
+            import fla.ops.gla as gla
         except ImportError as error:
             raise ImportError(
                 "FlashGatedLinearAttentionProcessor needs the package flash-linear-attention"
                 " (`pip install flash-linear-attention`)."
             ) from error
-        self.chunk_gla = chunk_gla
+        self.chunk_gla = gla.chunk_gla
 
     def __call__(self, attn: "GatedLinearAttention", hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.device.type != "cuda":
@@ -121,19 +116,15 @@ class GatedLinearAttention(ProcessedAttention):
             [`FlashGatedLinearAttentionProcessor`].
     """
 
-    processor_types = (
+    _default_processor_cls = ChunkedGatedLinearAttentionProcessor
+    _available_processors = [
         GatedLinearAttentionProcessor,
         ChunkedGatedLinearAttentionProcessor,
         FlashGatedLinearAttentionProcessor,
-    )
+    ]
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        gate_low_rank_dim: int = 16,
-        gate_logit_normalizer: float = 16,
-        processor=None,
+        self, dim: int, num_heads: int, gate_low_rank_dim: int = 16, gate_logit_normalizer: float = 16, processor=None
     ):
         super().__init__()
         if dim % (2 * num_heads):
@@ -149,7 +140,7 @@ class GatedLinearAttention(ProcessedAttention):
         )
         self.g_norm_swish_gate = nn.RMSNorm(dim // num_heads, eps=1e-6)
         self.o_proj = nn.Linear(dim, dim, bias=False)
-        self.set_processor(processor or ChunkedGatedLinearAttentionProcessor())
+        self.set_processor(processor or self._default_processor_cls())
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Query (scaled), key, value and logarithm of the decay, each `[B, h, n, d]` in float32 or better."""

@@ -1,4 +1,4 @@
-"""The Moebius denoiser (arXiv 2606.19195, section 3), bottom-up: convolutions, lambda layers, blocks, model."""
+"""The Moebius denoiser (arXiv 2606.19195, section 3), bottom-up: lambda layers, convolutions, blocks, model."""
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,23 +14,9 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from .adapter_layers import remove_fused_adapters
-from .fused_layers import PointwiseConv2d, SlicedMixFeedForward, SmallGridUpsample2D
-from .lambda_layers import (
-    CachedContext,
-    FastInteractiveLambdaProcessor,
-    FastLocalLambdaProcessor,
-    InteractiveLambda,
-    InteractiveLambdaProcessor,
-    LambdaLayer,
-    LocalLambda,
-    LocalLambdaProcessor,
-    to_tokens,
-)
-from .linear_attention import GatedLinearAttention
+from .linear_attention import GatedLinearAttention, ProcessedAttention
 
 SELF_ATTENTION_TYPES = ("local_lambda", "gla")
 CROSS_ATTENTION_TYPES = ("interactive_lambda", "softmax")
@@ -54,16 +40,279 @@ class MoebiusUNet2DOutput(BaseOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-# Both change their first argument, which must be nobody else's, unless a gradient needs it: to be given new memory by
-# the system costs more time than the arithmetic.
-def silu_of(hidden_states: torch.Tensor) -> torch.Tensor:
-    return F.silu(hidden_states, inplace=not torch.is_grad_enabled())
+def to_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states.permute(0, 2, 3, 1).flatten(1, 2)  # [B, C, H, W] -> [B, n, C]
 
 
-def sum_of(hidden_states: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    if torch.is_grad_enabled() or hidden_states.dtype != other.dtype:  # autocast mixes types
-        return hidden_states + other
-    return hidden_states.add_(other)
+def to_grid(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return tokens.transpose(1, 2).reshape(like.shape)  # [B, n, C] -> [B, C, H, W], channels last in memory
+
+
+class LocalPositionConv(nn.Conv3d):
+    """
+    The `r x r` position filters of Local-lambda, one for each of the `k` query channels.
+
+    The published weights come from a 3-D convolution over the value channels. Calling the module returns its filters
+    `[k, r, r]` and biases `[k]`, so that the processors share them and offloading hooks see the access.
+    """
+
+    def __init__(self, key_dim: int, window_size: int):
+        padding = window_size // 2
+        super().__init__(1, key_dim, (1, window_size, window_size), padding=(0, padding, padding))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight[:, 0, 0], self.bias.view(-1)
+
+
+class LambdaLayer(ProcessedAttention):
+    """What both lambda layers share: `h` heads of queries that read one linear map of `k` keys and `v` values."""
+
+    def __init__(self, dim: int, num_heads: int, processor=None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"`num_attention_heads` must divide every width, but is {num_heads} for {dim}.")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads  # k = v
+        self.set_processor(processor or self._default_processor_cls())
+        self.to_q = nn.Conv2d(dim, dim, 1, bias=False)
+        self.norm_q = nn.BatchNorm2d(dim)
+
+    def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return to_tokens(self.norm_q(self.to_q(hidden_states))).unflatten(2, (self.num_heads, -1))  # [B, n, h, k]
+
+
+class LocalLambdaProcessor:
+    """Local-lambda by its formulas, one lambda matrix for every position (reference; slow and large)."""
+
+    def __call__(self, attn: "LocalLambda", hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, _, height, width = hidden_states.shape
+        query, key, value = attn.project(hidden_states)  # [B, n, h, k], [B, n, k], [B, n, v]
+        content_lambda = torch.einsum("bnk,bnv->bkv", key, value)
+
+        filters, bias = attn.pos_conv()
+        value = value.transpose(1, 2).reshape(-1, 1, height, width)  # [B v, 1, H, W]
+        position_lambda = F.conv2d(value, filters[:, None], bias, padding=filters.shape[-1] // 2)
+        position_lambda = position_lambda.view(batch, attn.head_dim, attn.head_dim, -1)  # [B, v, k, n]
+
+        output = torch.einsum("bnhk,bkv->bhvn", query, content_lambda)
+        output = output + torch.einsum("bnhk,bvkn->bhvn", query, position_lambda)
+        return output.reshape(batch, -1, height, width)
+
+
+class FastLocalLambdaProcessor:
+    """
+    Local-lambda without the lambda matrices: the same sums in another order (exact but for rounding).
+
+    `sum_k Q[h,k,n] sum_d W[k,d] V[v,n+d]` is evaluated as `sum_d (sum_k Q[h,k,n] W[k,d]) V[v,n+d]`. A row of the
+    picture is cut into tiles of positions. The inner sum is one matrix product; the filters are zero-padded to the
+    width of a tile's neighbourhood, so that reading the product with one element less a position moves the filters of
+    the `x`-th position `x` columns to the right. The outer sum is then one matrix product with the neighbourhood's
+    values.
+
+    Args:
+        tile_width (`int`, defaults to 8): Positions in a tile; rows up to twice as wide are one tile. Narrow tiles
+            compute fewer zeros, wide ones make larger products.
+        max_elements (`int`, *optional*): Rows are worked on in groups that keep the product below so many elements. By
+            default 2**19 on the CPU, where it then stays in the cache, 2**22 there in a graph that is compiled or
+            exported, which holds each group by itself, and 2**26 elsewhere.
+    """
+
+    def __init__(self, tile_width: int = 8, max_elements: int | None = None):
+        self.tile_width = tile_width
+        self.max_elements = max_elements
+
+    def choose_max_elements(self, device_type: str) -> int:
+        if self.max_elements is not None:
+            return self.max_elements
+        if device_type != "cpu":
+            return 2**26
+        return 2**22 if torch.compiler.is_compiling() else 2**19
+
+    def __call__(self, attn: "LocalLambda", hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, _, height, width = hidden_states.shape
+        heads, dim = attn.num_heads, attn.head_dim
+        query, key, value = attn.project(hidden_states)  # [B, n, h, k], [B, n, k], [B, n, v]
+        filters, bias = attn.pos_conv()
+        window = filters.shape[-1]
+        radius = window // 2
+
+        single = width <= 2 * self.tile_width
+        tile = width if single else self.tile_width
+        tiles = -(-width // tile)
+        right = tiles * tile - width
+        span = tile + 2 * radius  # columns that a tile's positions see
+        row = window * span
+        filters = F.pad(F.pad(filters, (0, span - window)).flatten(1), (0, 1))  # [k, row + 1]
+
+        query = query.unflatten(1, (height, width))
+        if right:
+            query = F.pad(query, (0, 0, 0, 0, 0, right))
+        query = query.reshape(batch, height, tiles, tile * heads, dim)
+
+        # The bias of the position filters is the same for every value channel: it belongs to the content lambda.
+        content = key.transpose(1, 2) @ value + bias[:, None]  # [B, k, v]
+
+        # A single tile sees the whole row: the columns outside of the picture are zero and are left out.
+        columns = (0, 0) if single else (radius, radius + right)
+        value = F.pad(value.unflatten(1, (height, width)), (0, 0, *columns, radius, radius))
+        rows = max(1, self.choose_max_elements(query.device.type) // (batch * tiles * heads * tile * row))
+        output = []
+        for top in range(0, height, rows):
+            query_rows = query[:, top : top + rows]
+            count = query_rows.shape[1]
+            weights = query_rows.reshape(-1, dim) @ filters  # [B rows tiles tile h, row + 1]
+            weights = weights.view(batch * count * tiles, -1)[:, : tile * (heads * (row + 1) - 1)]
+            weights = weights.unflatten(1, (tile, -1)).unfold(2, row, row + 1)  # [B rows tiles, tile, h, row]
+            values = value[:, top : top + count + 2 * radius].unfold(1, window, 1)  # [B, rows, columns, v, r]
+            if single:
+                weights = weights.unflatten(-1, (window, span))[..., radius : radius + width]
+                values = values.permute(0, 1, 4, 2, 3).reshape(batch * count, window * width, dim)
+            else:
+                values = values.unfold(2, span, tile)  # [B, rows, tiles, v, r, span]
+                values = values.permute(0, 1, 2, 4, 5, 3).reshape(batch * count * tiles, row, dim)
+            weights = weights.reshape(batch * count * tiles, tile * heads, -1)
+            sums = torch.bmm(weights, values).view(batch, -1, dim)
+            output.append(torch.baddbmm(sums, query_rows.reshape(batch, -1, dim), content))
+        output = torch.cat(output, 1) if len(output) > 1 else output[0]  # [B, H tiles tile h, v]
+        output = output.view(batch, height, tiles * tile, heads * dim)[:, :, :width]
+        return output.permute(0, 3, 1, 2)  # [B, h v, H, W], channels last in memory
+
+
+class LocalLambda(LambdaLayer):
+    """
+    Local-lambda self-attention: a global content lambda and a local position lambda (paper, section 3.2).
+
+    Args:
+        dim (`int`): Width `C = h k` of input and output.
+        num_heads (`int`): Number of query heads `h`.
+        window_size (`int`): Side `r` of the local window, odd.
+        processor: [`FastLocalLambdaProcessor`] (default) or [`LocalLambdaProcessor`].
+    """
+
+    _default_processor_cls = FastLocalLambdaProcessor
+    _available_processors = [LocalLambdaProcessor, FastLocalLambdaProcessor]
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, processor=None):
+        super().__init__(dim, num_heads, processor)
+        self.to_k = nn.Conv2d(dim, self.head_dim, 1, bias=False)
+        self.to_v = nn.Conv2d(dim, self.head_dim, 1, bias=False)
+        self.norm_v = nn.BatchNorm2d(self.head_dim)
+        self.pos_conv = LocalPositionConv(self.head_dim, window_size)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        key = to_tokens(self.to_k(hidden_states))  # [B, n, k]
+        key = key.softmax(1, dtype=torch.float32).to(key.dtype)
+        value = to_tokens(self.norm_v(self.to_v(hidden_states)))  # [B, n, v]
+        return self.project_query(hidden_states), key, value
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)  # [B, C, H, W]
+
+
+class InteractiveLambdaProcessor:
+    """Interactive-lambda by its formulas, one lambda matrix for every position (reference; slow and large)."""
+
+    def __call__(
+        self, attn: "InteractiveLambda", hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        query, key, value, embedding = attn.project(hidden_states, encoder_hidden_states)
+        content_lambda = torch.einsum("bmk,bmv->bkv", key, value)
+        position_lambda = torch.einsum("nmk,bmv->bnkv", embedding, value)
+        output = torch.einsum("bnhk,bkv->bhvn", query, content_lambda)
+        output = output + torch.einsum("bnhk,bnkv->bhvn", query, position_lambda)
+        return output.reshape(hidden_states.shape)
+
+
+class FastInteractiveLambdaProcessor:
+    """
+    Interactive-lambda without the lambda matrices: the same sums in another order (exact but for rounding).
+
+    `sum_k Q[h,k,n] sum_m (K[m,k] + E[n,m,k]) V[m,v]` contracts the queries with keys and position embeddings first.
+    """
+
+    def __call__(
+        self, attn: "InteractiveLambda", hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        query, key, value, embedding = attn.project(hidden_states, encoder_hidden_states)
+        embedding = embedding.transpose(1, 2)  # [n, k, m]
+        weights = (query.flatten(1, 2) @ key.transpose(1, 2)).unflatten(1, (-1, attn.num_heads))  # [B, n, h, m]
+        weights = torch.stack([torch.baddbmm(w, q, embedding) for w, q in zip(weights, query)])
+        return to_grid((weights.flatten(1, 2) @ value).view(*query.shape[:2], -1), hidden_states)  # (h v) inside
+
+
+class InteractiveLambda(LambdaLayer):
+    """
+    Interactive-lambda cross-attention between positions and context tokens (paper, section 3.2).
+
+    Args:
+        dim (`int`): Width `C = h k` of input and output.
+        num_heads (`int`): Number of query heads `h`.
+        cross_attention_dim (`int`): Width of the context tokens.
+        context_length (`int`): Number of context tokens `m`.
+        grid_size (`int`): Side of the square grid for which the position embeddings are stored. Other sizes are
+            resampled from it.
+        processor: [`FastInteractiveLambdaProcessor`] (default) or [`InteractiveLambdaProcessor`].
+    """
+
+    _default_processor_cls = FastInteractiveLambdaProcessor
+    _available_processors = [InteractiveLambdaProcessor, FastInteractiveLambdaProcessor]
+
+    def __init__(
+        self, dim: int, num_heads: int, cross_attention_dim: int, context_length: int, grid_size: int, processor=None
+    ):
+        super().__init__(dim, num_heads, processor)
+        self.grid_size = grid_size
+        self.rel_pos_emb = nn.Parameter(torch.empty(grid_size**2, context_length, self.head_dim, 1))
+        nn.init.trunc_normal_(self.rel_pos_emb, std=0.02)
+        self.to_k = nn.Linear(cross_attention_dim, self.head_dim, bias=False)
+        self.to_v = nn.Linear(cross_attention_dim, self.head_dim, bias=False)
+        self.norm_v = nn.BatchNorm1d(self.head_dim)
+
+    def project_context(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = self.to_k(encoder_hidden_states)  # [B, m, k]
+        key = key.softmax(1, dtype=torch.float32).to(key.dtype)
+        value = self.norm_v(self.to_v(encoder_hidden_states).transpose(1, 2)).transpose(1, 2)  # [B, m, v]
+        return key, value
+
+    def project(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query `[B, n, h, k]`, key `[B, m, k]`, value `[B, m, v]` and position embeddings `[n, m, k]`."""
+        key, value = self.project_context(encoder_hidden_states)
+        return self.project_query(hidden_states), key, value, self.position_embedding(*hidden_states.shape[2:])
+
+    def position_embedding(self, height: int, width: int) -> torch.Tensor:
+        """The position embeddings `[n, m, k]` of a grid: as stored at the native size, else bilinearly resampled."""
+        embedding = self.rel_pos_emb.squeeze(-1)
+        grid = self.grid_size
+        if (height, width) == (grid, grid):
+            return embedding
+        length, dim = embedding.shape[1:]
+        embedding = embedding.reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+        embedding = F.interpolate(embedding, (height, width), mode="bilinear", align_corners=False)
+        return embedding.permute(0, 2, 3, 1).reshape(-1, length, dim)
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states, encoder_hidden_states)  # [B, C, H, W]
+
+
+class OnGrid:
+    """A layer of tokens `[B, n, C]`, in raster order, as one that takes and gives `[B, C, H, W]`."""
+
+    def forward(self, hidden_states: torch.Tensor, *args) -> torch.Tensor:
+        return to_grid(super().forward(to_tokens(hidden_states), *args), hidden_states)
+
+
+class GridGatedLinearAttention(OnGrid, GatedLinearAttention):
+    """[`GatedLinearAttention`] on the grid."""
+
+
+class GridAttention(OnGrid, Attention):
+    """Softmax attention of diffusers on the grid."""
+
+
+class GridFeedForward(OnGrid, FeedForward):
+    """Feed-forward of diffusers, with GEGLU, on the grid."""
 
 
 class SeparableConv2d(nn.Module):
@@ -78,30 +327,9 @@ class SeparableConv2d(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.conv_pw, PointwiseConv2d):
-            output = self.convolve_in_slices(hidden_states)
-        else:
-            output = F.relu(self.bn1(self.conv_dw(hidden_states)), inplace=True)
-            output = self.bn2(self.conv_pw(output))
-        return sum_of(output, hidden_states) if self.has_skip else output
-
-    def convolve_in_slices(self, hidden_states: torch.Tensor, max_elements: int = 3 * 2**19) -> torch.Tensor:
-        """Both convolutions, once folded: a slice of wide inputs after another, for the memory's sake."""
-        batch, channels, height, width = hidden_states.shape
-        count = max(1, -(-hidden_states.numel() // max_elements)) if hidden_states.device.type == "cpu" else 1
-        count = min(count, channels)
-        output = None
-        for i in range(count):
-            part = slice(channels * i // count, channels * (i + 1) // count)
-            weight, bias = self.conv_dw.weight[part], self.conv_dw.bias[part]
-            depthwise = F.conv2d(hidden_states[:, part], weight, bias, padding=1, groups=len(weight))
-            depthwise = F.relu(depthwise, inplace=True).permute(0, 2, 3, 1).flatten(0, 2)
-            weight = self.conv_pw.weight[:, part].t()
-            if output is None:
-                output = torch.addmm(self.conv_pw.bias, depthwise, weight)
-            else:
-                output.addmm_(depthwise, weight)
-        return output.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        output = F.relu(self.bn1(self.conv_dw(hidden_states)))
+        output = self.bn2(self.conv_pw(output))
+        return output + hidden_states if self.has_skip else output
 
 
 def make_conv(conv_type: str, in_channels: int, out_channels: int) -> nn.Module:
@@ -110,7 +338,14 @@ def make_conv(conv_type: str, in_channels: int, out_channels: int) -> nn.Module:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
-class MoebiusResnetBlock2D(nn.Module):
+class MoebiusBlock(nn.Module):
+    """What the blocks do between their layers, as functions that can be exchanged: `fusion.py` does it in place."""
+
+    silu = staticmethod(F.silu)
+    add = staticmethod(torch.add)
+
+
+class MoebiusResnetBlock2D(MoebiusBlock):
     """Two normalised convolutions with the time embedding added between them, and a shortcut."""
 
     def __init__(
@@ -134,11 +369,11 @@ class MoebiusResnetBlock2D(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         residual = hidden_states
-        hidden_states = self.conv1(silu_of(self.norm1(hidden_states)))
-        hidden_states = sum_of(hidden_states, self.time_emb_proj(F.silu(temb))[:, :, None, None])
-        hidden_states = self.conv2(self.dropout(silu_of(self.norm2(hidden_states))))
+        hidden_states = self.conv1(self.silu(self.norm1(hidden_states)))
+        hidden_states = self.add(hidden_states, self.time_emb_proj(F.silu(temb))[:, :, None, None])
+        hidden_states = self.conv2(self.dropout(self.silu(self.norm2(hidden_states))))
         # The shortcut comes last, so that its output does not exist beside the widest tensors of the block.
-        return sum_of(hidden_states, residual if self.conv_shortcut is None else self.conv_shortcut(residual))
+        return self.add(hidden_states, residual if self.conv_shortcut is None else self.conv_shortcut(residual))
 
 
 class ConvLayer(nn.Module):
@@ -151,7 +386,7 @@ class ConvLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.conv(hidden_states)
-        return silu_of(hidden_states) if self.activation else hidden_states
+        return F.silu(hidden_states) if self.activation else hidden_states
 
 
 class MixFeedForward(nn.Module):
@@ -167,14 +402,10 @@ class MixFeedForward(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states, gate = self.depth_conv(self.inverted_conv(hidden_states)).chunk(2, 1)
-        return self.point_conv(hidden_states * silu_of(gate))
+        return self.point_conv(hidden_states * F.silu(gate))
 
 
-def to_grid(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return tokens.transpose(1, 2).reshape(like.shape)
-
-
-class MoebiusTransformerBlock(nn.Module):
+class MoebiusTransformerBlock(MoebiusBlock):
     """Self-attention, cross-attention and feed-forward, each normalised before and added to its input."""
 
     def __init__(
@@ -191,48 +422,31 @@ class MoebiusTransformerBlock(nn.Module):
         feed_forward_type: str,
     ):
         super().__init__()
-        # Asked by name and not by class: diffusers runs saved code anew at each load, which makes new classes.
-        self.self_attention_type = self_attention_type
-        self.cross_attention_type = cross_attention_type
-        self.feed_forward_type = feed_forward_type
         self.norm1 = nn.LayerNorm(dim)
         if self_attention_type == "local_lambda":
             self.attn1 = LocalLambda(dim, num_heads, window_size)
         else:
-            self.attn1 = GatedLinearAttention(dim, num_heads)
+            self.attn1 = GridGatedLinearAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
         if cross_attention_type == "interactive_lambda":
             self.attn2 = InteractiveLambda(dim, num_heads, cross_attention_dim, context_length, grid_size)
         else:
-            self.attn2 = Attention(dim, cross_attention_dim, heads=num_heads, dim_head=dim // num_heads)
+            self.attn2 = GridAttention(dim, cross_attention_dim, heads=num_heads, dim_head=dim // num_heads)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = MixFeedForward(dim, mix_ffn_ratio) if feed_forward_type == "mix_ffn" else FeedForward(dim)
+        self.ff = MixFeedForward(dim, mix_ffn_ratio) if feed_forward_type == "mix_ffn" else GridFeedForward(dim)
 
     @staticmethod
     def normalize(norm: nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
         return norm(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # over the channels of [B, C, H, W]
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = self.normalize(self.norm1, hidden_states)
-        if self.self_attention_type == "local_lambda":
-            hidden_states = sum_of(self.attn1(normed), hidden_states)
-        else:
-            hidden_states = hidden_states + to_grid(self.attn1(to_tokens(normed)), hidden_states)
-
+        hidden_states = self.add(self.attn1(self.normalize(self.norm1, hidden_states)), hidden_states)
         normed = self.normalize(self.norm2, hidden_states)
-        if self.cross_attention_type == "interactive_lambda":
-            hidden_states = sum_of(self.attn2(normed, encoder_hidden_states), hidden_states)
-        else:
-            tokens = self.attn2(to_tokens(normed), encoder_hidden_states=encoder_hidden_states)
-            hidden_states = hidden_states + to_grid(tokens, hidden_states)
-
-        normed = self.normalize(self.norm3, hidden_states)
-        if self.feed_forward_type == "mix_ffn":
-            return sum_of(self.ff(normed), hidden_states)
-        return hidden_states + to_grid(self.ff(to_tokens(normed)), hidden_states)
+        hidden_states = self.add(self.attn2(normed, encoder_hidden_states), hidden_states)
+        return self.add(self.ff(self.normalize(self.norm3, hidden_states)), hidden_states)
 
 
-class MoebiusTransformer2DModel(nn.Module):
+class MoebiusTransformer2DModel(MoebiusBlock):
     """One transformer block between two projections, added to its input."""
 
     def __init__(self, dim: int, norm_num_groups: int, **block_kwargs):
@@ -247,7 +461,7 @@ class MoebiusTransformer2DModel(nn.Module):
         hidden_states = self.proj_in(self.norm(hidden_states))
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, encoder_hidden_states)
-        return sum_of(self.proj_out(hidden_states), residual)
+        return self.add(self.proj_out(hidden_states), residual)
 
 
 class MoebiusDownsample2D(nn.Module):
@@ -329,10 +543,14 @@ class MoebiusUpBlock2D(nn.Module):
         return hidden_states if self.upsamplers is None else self.upsamplers[0](hidden_states)
 
 
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
 @contextmanager
 def frozen_batch_statistics(module: nn.Module):
     """Keeps the running statistics of BatchNorm as they are while the batch's own statistics normalise."""
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = batch_norms(module)
     saved = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
     for layer in layers:
         layer.momentum = 0.0
@@ -350,13 +568,41 @@ def checkpoint_block(block: nn.Module, *args):
     return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
+def embed_inputs(
+    unet: ModelMixin, sample: torch.Tensor, timestep: torch.Tensor | float | int, encoder_hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checks the inputs of a U-Net, and embeds the time as `[B, 4 C]` and the context as `[B, m, C_context]`."""
+    config, shape = unet.config, list(encoder_hidden_states.shape)
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    if sample.ndim != 4 or sample.shape[1] != config.in_channels:
+        raise ValueError(
+            f"`sample` must have the shape [B, {config.in_channels}, H, W], but has {list(sample.shape)}."
+        )
+    if min(sample.shape[2:]) < factor or sample.shape[2] % factor or sample.shape[3] % factor:
+        raise ValueError(
+            f"`sample` must have a height and width that are positive multiples of {factor}, but has"
+            f" {list(sample.shape[2:])}."
+        )
+    # Position embeddings are made for a number of tokens; a model without them takes any.
+    length = config.get("context_length", shape[1] if len(shape) == 3 else "tokens")
+    if shape != [len(sample), length, config.encoder_hid_dim]:
+        raise ValueError(
+            f"`encoder_hidden_states` must have the shape [{len(sample)}, {length}, {config.encoder_hid_dim}], but"
+            f" has {shape}."
+        )
+    if not torch.is_tensor(timestep):
+        timestep = torch.tensor([timestep], device=sample.device)
+    timestep = timestep.reshape(-1).to(sample.device).expand(len(sample))
+    temb = unet.time_embedding(unet.time_proj(timestep).to(sample.dtype))
+    return temb, unet.encoder_hid_proj(encoder_hidden_states)
+
+
 class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     The U-Net of Moebius that predicts the noise of inpainted latents (arXiv 2606.19195, section 3).
 
     The defaults are the published model. In half precision the softmaxes, the sinusoidal time embedding and the state
-    of gated linear attention are computed in float32, and the BatchNorm layers keep float32 weights and statistics
-    when the model is loaded with `dtype`.
+    of gated linear attention are computed in float32, and the BatchNorm layers keep float32 weights and statistics.
 
     Args:
         sample_size (`int`, defaults to 64): Native side of the latents; other sizes resample the position embeddings.
@@ -482,10 +728,28 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         self.gradient_checkpointing = False
         self.is_fused = False
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As [`~ModelMixin.from_pretrained`]; statistics of layers that are offloaded to the disk are loaded too."""
+        result = super().from_pretrained(*args, **kwargs)
+        for layer in batch_norms(result[0] if isinstance(result, tuple) else result):
+            hook = getattr(layer, "_hf_hook", None)
+            if getattr(hook, "offload", False):  # accelerate offloads weights and leaves buffers as they were made
+                for name, buffer in layer.named_buffers():
+                    buffer.copy_(hook.weights_map[name])
+        return result
+
     def to(self, *args, **kwargs):
-        """As [`~ModelMixin.to`]; a `memory_format` applies to the convolutions, whatever the rank of other weights."""
+        """
+        As [`~ModelMixin.to`]; BatchNorm stays in float32 when the rest is cast to half precision, as in
+        `from_pretrained`, and a `memory_format` applies to the convolutions, whatever the rank of other weights.
+        """
         memory_format = kwargs.pop("memory_format", None)
+        statistics = [(layer, layer.state_dict()) for layer in batch_norms(self)]
         model = super().to(*args, **kwargs) if args or kwargs else self
+        for layer, state in statistics:
+            if layer.running_var.dtype in (torch.float16, torch.bfloat16):
+                layer.float().load_state_dict(state)
         if memory_format is not None:
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
@@ -505,38 +769,17 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
 
     def fuse_for_inference(self) -> None:
         """
-        Folds every BatchNorm into the layer before it and moves the upsampling convolutions to the small grid.
+        Folds every BatchNorm into the layer before it, and puts faster layers in the place of others (`fusion.py`).
 
         The function of the model stays the same but for rounding. It can no longer be trained or saved; to undo it,
         load the model again. LoRA adapters that have been fused become part of the weights.
 
         Raises:
-            ValueError: If the model is in train mode, or LoRA adapters are active and not fused.
+            ValueError: If the model is in train mode or quantized, or LoRA adapters are active and not fused.
         """
-        if self.is_fused:
-            return
-        if self.training:
-            raise ValueError("In train mode BatchNorm follows the batch and cannot be folded: call `eval()` first.")
-        remove_fused_adapters(self)
-        for module in self.modules():
-            if isinstance(module, SeparableConv2d):
-                module.conv_dw, module.bn1 = fuse_conv_bn_eval(module.conv_dw, module.bn1), nn.Identity()
-                module.conv_pw, module.bn2 = fuse_conv_bn_eval(module.conv_pw, module.bn2), nn.Identity()
-            elif isinstance(module, LambdaLayer):
-                module.to_q, module.norm_q = fuse_conv_bn_eval(module.to_q, module.norm_q), nn.Identity()
-                fuse = fuse_conv_bn_eval if isinstance(module.to_v, nn.Conv2d) else fuse_linear_bn_eval
-                module.to_v, module.norm_v = fuse(module.to_v, module.norm_v), nn.Identity()
-            elif isinstance(module, MoebiusUpBlock2D) and module.upsamplers is not None:
-                module.upsamplers[0] = SmallGridUpsample2D(module.upsamplers[0].conv)
-            elif isinstance(module, MoebiusTransformerBlock) and isinstance(module.ff, MixFeedForward):
-                module.ff = SlicedMixFeedForward(module.ff)
-        for module in list(self.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1):
-                    setattr(module, name, PointwiseConv2d(child))
-        self.to(memory_format=torch.channels_last)
-        self.is_fused = True
-        self.requires_grad_(False)
+        from .fusion import fuse_for_inference
+
+        fuse_for_inference(self)
 
     def set_lambda_algorithm(self, algorithm: str) -> None:
         """
@@ -556,32 +799,6 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             if isinstance(module, LambdaLayer):
                 module.set_processor(local() if isinstance(module, LocalLambda) else interactive())
 
-    def check_inputs(self, sample: torch.Tensor, encoder_hidden_states: torch.Tensor) -> None:
-        config = self.config
-        factor = 2 ** (len(config.block_out_channels) - 1)
-        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-            raise ValueError(
-                f"`sample` must have the shape [B, {config.in_channels}, H, W], but has {list(sample.shape)}."
-            )
-        if min(sample.shape[2:]) < factor or sample.shape[2] % factor or sample.shape[3] % factor:
-            raise ValueError(
-                f"`sample` must have a height and width that are positive multiples of {factor}, but has"
-                f" {list(sample.shape[2:])}."
-            )
-        expected = [sample.shape[0], config.context_length, config.encoder_hid_dim]
-        if list(encoder_hidden_states.shape) != expected:
-            raise ValueError(
-                f"`encoder_hidden_states` must have the shape {expected}, but has {list(encoder_hidden_states.shape)}."
-            )
-
-    def project_tokens(self, tokens: torch.Tensor, cache: dict | None) -> torch.Tensor | CachedContext:
-        is_cached = cache is not None and self.config.cross_attention_type == "interactive_lambda"
-        if not is_cached or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.encoder_hid_proj(tokens)
-        if self not in cache:
-            cache[self] = self.encoder_hid_proj(tokens)
-        return CachedContext(cache[self], cache)
-
     def run_block(self, block: nn.Module, *args):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *args)
@@ -596,7 +813,6 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         return_dict: bool = True,
         output_hidden_states: bool = False,
         attention_kwargs: dict | None = None,
-        context_cache: dict | None = None,
     ) -> MoebiusUNet2DOutput | tuple:
         """
         Args:
@@ -607,22 +823,11 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             return_dict (`bool`, defaults to `True`): Return a [`MoebiusUNet2DOutput`] instead of a tuple.
             output_hidden_states (`bool`, defaults to `False`): Also return the output of every block.
             attention_kwargs (`dict`, *optional*): `{"scale": s}` sets the weight of the active LoRA adapters.
-            context_cache (`dict`, *optional*): Empty in the first step of a run and handed on from step to step, it
-                spares later steps what depends on weights, tokens and size alone; none of these may change meanwhile.
-                Not used where gradients are computed or the model is compiled.
 
         Returns:
             [`MoebiusUNet2DOutput`], or a tuple of the prediction and, if asked for, the tuple of block outputs.
         """
-        self.check_inputs(sample, encoder_hidden_states)
-        if self.is_fused:
-            sample = sample.contiguous(memory_format=torch.channels_last)
-        if not torch.is_tensor(timestep):
-            timestep = torch.tensor([timestep], device=sample.device)
-        timestep = timestep.reshape(-1).to(sample.device).expand(sample.shape[0])
-        temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
-        encoder_hidden_states = self.project_tokens(encoder_hidden_states, context_cache)
-
+        temb, encoder_hidden_states = embed_inputs(self, sample, timestep, encoder_hidden_states)
         hidden_states = self.conv_in(sample)
         skips = (hidden_states,)
         block_outputs = ()
@@ -635,7 +840,7 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             skips, block_skips = skips[:-count], skips[-count:]
             hidden_states = self.run_block(block, hidden_states, block_skips, temb, encoder_hidden_states)
             block_outputs += (hidden_states,)
-        sample = self.conv_out(silu_of(self.conv_norm_out(hidden_states)))
+        sample = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
 
         if not return_dict:
             return (sample, block_outputs) if output_hidden_states else (sample,)

@@ -17,7 +17,7 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from .linear_attention import GatedLinearAttention
-from .unet_2d_moebius import MoebiusUNet2DOutput
+from .unet_2d_moebius import MoebiusUNet2DOutput, embed_inputs
 
 
 class RasterGatedLinearAttention(GatedLinearAttention):
@@ -132,24 +132,6 @@ class PixelHackerUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
 
-    def check_inputs(self, sample: torch.Tensor, encoder_hidden_states: torch.Tensor) -> None:
-        factor = 2 ** (len(self.config.block_out_channels) - 1)
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"`sample` must have the shape [B, {self.config.in_channels}, H, W], but has {list(sample.shape)}."
-            )
-        if min(sample.shape[2:]) < factor or sample.shape[2] % factor or sample.shape[3] % factor:
-            raise ValueError(
-                f"`sample` must have a height and width that are positive multiples of {factor}, but has"
-                f" {list(sample.shape[2:])}."
-            )
-        expected = [sample.shape[0], self.config.encoder_hid_dim]
-        if encoder_hidden_states.ndim != 3 or list(encoder_hidden_states.shape)[::2] != expected:
-            raise ValueError(
-                f"`encoder_hidden_states` must have the shape [{expected[0]}, tokens, {expected[1]}], but has"
-                f" {list(encoder_hidden_states.shape)}."
-            )
-
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -173,13 +155,7 @@ class PixelHackerUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapte
         Returns:
             [`MoebiusUNet2DOutput`], or a tuple of the prediction and, if asked for, the tuple of block outputs.
         """
-        self.check_inputs(sample, encoder_hidden_states)
-        if not torch.is_tensor(timestep):
-            timestep = torch.tensor([timestep], device=sample.device)
-        timestep = timestep.reshape(-1).to(sample.device).expand(sample.shape[0])
-        temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
-        encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
-
+        temb, encoder_hidden_states = embed_inputs(self, sample, timestep, encoder_hidden_states)
         hidden_states = self.conv_in(sample)
         skips = (hidden_states,)
         block_outputs = ()

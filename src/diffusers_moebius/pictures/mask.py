@@ -1,13 +1,14 @@
 """Masks: boolean arrays `[H, W]` in which `True` means fill."""
 
-import warnings
-
 import numpy as np
 import torch
 from diffusers.image_processor import PipelineImageInput
+from diffusers.utils import logging
 from PIL import Image
 
 from .picture import LUMA, Picture, read_picture, split_batch
+
+logger = logging.get_logger(__name__)
 
 MASK_SOURCES = ("auto", "alpha", "transparent", "luminance")
 # Shares of a photo from which on a mask is remarked upon: pixels of middle grey, and pixels to be filled.
@@ -41,7 +42,7 @@ def load_masks(
     for element in elements:
         mask, remarks = read_mask(element, threshold, source)
         for remark in remarks:
-            warnings.warn(f"`mask_image`: {remark}.", stacklevel=3)
+            logger.warning(f"`mask_image`: {remark}.")
         masks.append(mask)
     masks = masks * len(pictures) if len(masks) == 1 else masks
     return [fit_mask(mask, picture.height, picture.width) for mask, picture in zip(masks, pictures)]
@@ -168,6 +169,11 @@ def dilate_mask(mask: np.ndarray, pixels: int) -> np.ndarray:
             span += step
         mask = reach.T
     return mask
+
+
+def removal_dilation(width: int, height: int) -> int:
+    """By how many pixels the mask of an object to remove grows: 4 where the shorter side has 512, in proportion."""
+    return round(4 * min(width, height) / 512)
 
 
 def mask_box(mask: np.ndarray, margin: int = 0) -> tuple[int, int, int, int]:

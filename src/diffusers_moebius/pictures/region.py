@@ -57,6 +57,12 @@ class Region:
         """Height and width in the model, padding included."""
         return tuple(math.ceil(length / self.multiple) * self.multiple for length in self.content_size)
 
+    @property
+    def enlargement(self) -> float:
+        """How many pixels of the photo a side there are for one of the model's."""
+        left, top, right, bottom = self.box
+        return max((bottom - top) / self.content_size[0], (right - left) / self.content_size[1])
+
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The box as the model sees it: picture `[1, 3, H, W]` in [-1, 1] and mask `[1, 1, H, W]`."""
         left, top, right, bottom = self.box

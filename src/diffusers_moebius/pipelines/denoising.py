@@ -59,7 +59,7 @@ def set_timesteps(
 def embed_categories(lcg_embedder: LatentCategoriesEmbedder, batch_size: int, device: torch.device) -> torch.Tensor:
     """The tokens of the guidance, `[2 * batch_size, tokens, dim]`: foreground, then background."""
     categories = [lcg_embedder.category_ids(category, batch_size, device) for category in ("foreground", "background")]
-    return lcg_embedder(torch.cat(categories))
+    return lcg_embedder(torch.cat(categories)).embeds
 
 
 def prepare_model_input(

@@ -5,12 +5,18 @@ from numbers import Integral
 
 import torch
 
+from ..pictures.detail import DETAIL_MODES
 from ..pictures.paste import PASTE_MODES
 from ..pictures.picture import OUTPUT_TYPES
 from ..pictures.region import MASKED_CONTENT, ModelSizes
 
 _LEAST = {"num_inference_steps": 1, "num_images_per_prompt": 1}
-_CHOICES = {"masked_content": MASKED_CONTENT, "paste": PASTE_MODES, "output_type": OUTPUT_TYPES}
+_CHOICES = {
+    "masked_content": MASKED_CONTENT,
+    "detail": DETAIL_MODES,
+    "paste": PASTE_MODES,
+    "output_type": OUTPUT_TYPES,
+}
 
 
 def check_options(**options) -> None:

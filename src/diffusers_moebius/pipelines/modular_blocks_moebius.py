@@ -5,6 +5,8 @@ import inspect
 import sys
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders import ClassifierFreeGuidance
@@ -28,6 +30,7 @@ from diffusers.utils import logging
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel  # noqa: F401, named in index files
+from ..pictures.detail import add_detail
 from ..pictures.paste import paste_fill
 from ..pictures.picture import stack_results
 from ..pictures.region import find_regions
@@ -42,11 +45,13 @@ logger = logging.get_logger(__name__)
 MODULE_FOR_INDEX = "moebius_modular_blocks"
 sys.modules[MODULE_FOR_INDEX] = sys.modules[__name__]
 
+_PICTURES = PIL.Image.Image | np.ndarray | torch.Tensor | list
+
 # Every value that passes between blocks: its type and what it is. Those of a call are explained at
 # `MoebiusInpaintPipeline.__call__`.
 _VALUES = {
-    "image": (Any, "The photos."),
-    "mask_image": (Any, "The masks, of the photos' sizes; white is filled."),
+    "image": (_PICTURES, "The photos."),
+    "mask_image": (_PICTURES, "The masks, of the photos' sizes; white is filled."),
     "mask_dilation": (int, "Pixels by which the masks grow first."),
     "mask_threshold": (float, "Fill where a mask is at least so bright, as a share of white."),
     "mask_source": (str, "What of a mask says where to fill: 'auto', 'alpha', 'transparent' or 'luminance'."),
@@ -63,6 +68,7 @@ _VALUES = {
     "eta": (float, "Share of fresh noise in each step of DDIM."),
     "noise_offset": (float, "Strength of the noise that is constant over each channel."),
     "attention_kwargs": (dict, "Handed to the denoiser: {'scale': s} weighs active LoRA adapters."),
+    "detail": (str, "Texture of the photo: 'patches', 'enlarged', 'none', or 'auto' for the checkpoint's own."),
     "paste": (str, "'exact', 'seamless', 'blur', 'none', or 'auto' for the checkpoint's own."),
     "color_compensation": (bool, "Shift the colours of the result towards those around the hole."),
     "output_type": (str, "'pil', 'np', 'pt' or 'latent'."),
@@ -474,9 +480,45 @@ class MoebiusDecodeStep(MoebiusBlock):
         return components, state
 
 
+class MoebiusDetailStep(MoebiusBlock):
+    """Gives the results the texture of their photos; without this block they stay as the model made them."""
+
+    @property
+    def expected_configs(self) -> list[ConfigSpec]:
+        return [ConfigSpec("default_detail", "enlarged")]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return _inputs("regions", "fills", num_images_per_prompt=1, detail="auto", generator=None)
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return _outputs("fills")
+
+    @torch.no_grad()
+    def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
+        block_state = self.get_block_state(state)
+        detail = _mode(block_state.detail, components.config.default_detail)
+        check_options(detail=detail)
+        regions = [region for region in block_state.regions for _ in range(block_state.num_images_per_prompt)]
+        generators = block_state.generator
+        if not isinstance(generators, list):
+            generators = [generators] * len(regions)
+        block_state.fills = [
+            add_detail(fill, region, detail, generator, components._execution_device)
+            for fill, region, generator in zip(block_state.fills, regions, generators)
+        ]
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+def _mode(value: str, default: str | None) -> str | None:
+    return default if value == "auto" else None if value == "none" else value
+
+
 def _check_form(components: ModularPipeline, paste: str, output_type: str) -> str | None:
     """Checks in which form results are to come, and returns how they are pasted."""
-    paste = components.config.default_paste if paste == "auto" else None if paste == "none" else paste
+    paste = _mode(paste, components.config.default_paste)
     check_options(paste=paste, output_type=output_type)
     return paste
 
@@ -533,6 +575,7 @@ class MoebiusAutoBlocks(SequentialPipelineBlocks):
         MoebiusPrepareLatentsStep,
         MoebiusDenoiseStep,
         MoebiusDecodeStep,
+        MoebiusDetailStep,
         MoebiusPasteStep,
     ]
     block_names = [
@@ -543,13 +586,14 @@ class MoebiusAutoBlocks(SequentialPipelineBlocks):
         "prepare_latents",
         "denoise",
         "decode",
+        "detail",
         "paste",
     ]
     _workflow_map = {"inpainting": {"image": True, "mask_image": True}}
 
     @property
     def description(self) -> str:
-        return "Fills the marked part of photos with Moebius: encode, denoise, decode, paste back."
+        return "Fills the marked part of photos with Moebius: encode, denoise, decode, add detail, paste back."
 
     @property
     def outputs(self) -> list[OutputParam]:
@@ -559,4 +603,6 @@ class MoebiusAutoBlocks(SequentialPipelineBlocks):
     def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         if "paste" in self.sub_blocks:  # What only the last block takes is checked before the first computes.
             _check_form(components, state.get("paste"), state.get("output_type"))
+        if "detail" in self.sub_blocks:
+            check_options(detail=_mode(state.get("detail"), components.config.default_detail))
         return super().__call__(components, state)

@@ -73,19 +73,35 @@ class MoebiusModularPipeline(ModularPipeline, MoebiusLoraLoaderMixin):
         pipeline = MoebiusInpaintPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls.from_pipe(pipeline, blocks, components_manager, collection)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """
-        Saves components and defaults as a folder that [`MoebiusInpaintPipeline`], [`DiffusionPipeline`] and
-        [`ModularPipeline`] load, the last one with [`MoebiusAutoBlocks`].
-
-        Args:
-            save_directory (`str` or `os.PathLike`): The folder, created if need be.
-            kwargs: See [`MoebiusInpaintPipeline.save_pretrained`].
-        """
+    def _as_inpaint_pipeline(self) -> MoebiusInpaintPipeline:
         models, settings = MoebiusInpaintPipeline._get_signature_keys(MoebiusInpaintPipeline)
         arguments = {name: each for name, each in self.components.items() if name in models}
         arguments |= {name: value for name, value in self.config.items() if name in settings}
         if isinstance(self.guider, ClassifierFreeGuidance):
             arguments["default_guidance_scale"] = self.guider.config.guidance_scale
             arguments["default_guidance_start"] = self.guider.config.start
-        MoebiusInpaintPipeline(**arguments).save_pretrained(save_directory, **kwargs)
+        return MoebiusInpaintPipeline(**arguments)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """
+        Saves components and defaults as a folder that [`MoebiusInpaintPipeline`], [`DiffusionPipeline`] and
+        [`ModularPipeline`] load, the last one with [`MoebiusAutoBlocks`]: blocks of your own are not saved.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder, created if need be.
+            kwargs: See [`MoebiusInpaintPipeline.save_pretrained`].
+        """
+        self._as_inpaint_pipeline().save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """
+        Uploads what [`save_pretrained`] saves.
+
+        Args:
+            repo_id (`str`): The repository, created if need be.
+            kwargs: See [`MoebiusInpaintPipeline.push_to_hub`].
+
+        Returns:
+            `huggingface_hub.CommitInfo`: The commit.
+        """
+        return self._as_inpaint_pipeline().push_to_hub(repo_id, **kwargs)

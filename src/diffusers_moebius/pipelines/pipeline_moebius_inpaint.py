@@ -11,10 +11,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import KarrasDiffusionSchedulers, UniPCMultistepScheduler
 from diffusers.utils import logging, replace_example_docstring
 
-from ..models.adapter_layers import remove_fused_adapters
+from ..models.fusion import remove_fused_adapters
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
+from ..pictures.detail import add_detail
 from ..pictures.paste import paste_fill
 from ..pictures.picture import stack_results
 from ..pictures.region import Region, find_regions
@@ -85,6 +86,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             How a call that does not say so pastes its results; `"seamless"` for the bundled model.
         default_guidance_start (`float`, defaults to 0.0):
             Fraction of the steps after which guidance begins in a call that names no interval.
+        default_detail (`str`, *optional*, defaults to `"enlarged"`):
+            How a call that does not say so adds texture of the photo; `"patches"` for the bundled model.
     """
 
     model_cpu_offload_seq = "lcg_embedder->unet->vae"
@@ -101,6 +104,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         default_strength: float = 0.99,
         default_paste: str | None = "exact",
         default_guidance_start: float = 0.0,
+        default_detail: str | None = "enlarged",
     ):
         super().__init__()
         self.register_modules(vae=vae, unet=unet, lcg_embedder=lcg_embedder, scheduler=scheduler)
@@ -110,6 +114,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             default_strength=default_strength,
             default_paste=default_paste,
             default_guidance_start=default_guidance_start,
+            default_detail=default_detail,
         )
         self.sizes = model_sizes(getattr(self, "vae", None), getattr(self, "unet", None))
         self.vae_scale_factor = self.sizes.latent
@@ -299,10 +304,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             if keep_empty or region.mask.any():
                 batches.setdefault(region.size, []).append(index)
             else:
-                logger.warning(
-                    f"`mask_image` is empty for picture {index} (no value reaches half of white): the picture is "
-                    "returned unchanged."
-                )
+                logger.warning(f"`mask_image` is empty for picture {index}: the picture is returned unchanged.")
         return batches
 
     @torch.no_grad()
@@ -330,6 +332,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         mask_threshold: float = 0.5,
         mask_source: str = "auto",
         color_compensation: bool = False,
+        detail: str | None = "auto",
         paste: str | None = "auto",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | list[torch.Tensor] | None = None,
@@ -413,6 +416,12 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 everywhere, else luminance.
             color_compensation (`bool`, defaults to `False`):
                 Shifts the colours of the result by 1.1 times the mean difference to the photo around the hole.
+            detail (`str`, *optional*, defaults to `"auto"`):
+                Texture from the photo itself ([`add_detail`]). `"patches"`: patches of the photo fill the hole, and it
+                is decided for each hole how much the model's filling leads them. `"enlarged"`: only where the model
+                works below the photo's size, and always led by its filling, of which the low frequencies stay.
+                `None`: the model's filling alone. `"auto"`: the checkpoint's `default_detail`, which is `"enlarged"`,
+                or `"patches"` for the bundled model.
             paste (`str`, *optional*, defaults to `"auto"`):
                 `"exact"`: every pixel outside the mask is the input's, bit by bit, and the result is blended in on the
                 inner side of the mask's edge. `"seamless"`: every pixel outside is the input's too, and the colours
@@ -424,7 +433,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                 With a list, one a photo or one a result, each draws from its own, so that a result does not depend on
                 what else is in the batch. With a single one (or none) the draws of a batch follow each other. The
                 order of draws is the release's: posterior of the picture, posterior of the masked picture, noise,
-                noise offset.
+                noise offset; then what `detail` draws.
             latents (`torch.Tensor` or `list[torch.Tensor]`, *optional*):
                 Starting latents, used as they are, in the shapes of `masked_image_latents`.
             output_type (`str`, defaults to `"pil"`):
@@ -458,6 +467,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             guidance_start = self.config.default_guidance_start if guidance_end == 1 else 0.0
         strength = self.config.default_strength if strength is None else strength
         paste = self.config.default_paste if paste == "auto" else paste
+        detail = self.config.default_detail if detail == "auto" else detail
         if num_inference_steps is None:
             num_inference_steps = self.config.default_num_inference_steps
 
@@ -471,6 +481,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             num_images_per_prompt=num_images_per_prompt,
             eta=eta,
             noise_offset=noise_offset,
+            detail=detail,
             paste=paste,
             output_type=output_type,
         )
@@ -566,9 +577,10 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                     for row, result in zip(rows, batch_latents):
                         results[row] = result
                     continue
-                for row, decoded in zip(rows, decode_pictures(self.vae, batch_latents)):
+                for n, (row, decoded) in enumerate(zip(rows, decode_pictures(self.vae, batch_latents))):
                     region = regions[row // num_images_per_prompt]
-                    fill = region.fill(decoded)
+                    row_generator = batch_generator[n] if isinstance(batch_generator, list) else batch_generator
+                    fill = add_detail(region.fill(decoded), region, detail, row_generator, device)
                     result = paste_fill(region.picture, fill, region.mask, region.box, paste, color_compensation)
                     results[row] = result.render(output_type, device)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ..loaders.model_card import PAPER, hub_repository
-from ..models.adapter_layers import adapter_layers
+from ..models.fusion import adapter_layers
 from .adapters import save_adapter
 from .batch_norm import recalibrate_batch_norm
 from .checkpoints import list_checkpoints

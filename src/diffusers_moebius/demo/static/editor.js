@@ -572,6 +572,9 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
       margins = value;
       drawGrown();
     },
+    get photoSize() {
+      return [width / scale, height / scale];
+    },
     get photo() {
       return shown()?.id ?? null;
     },

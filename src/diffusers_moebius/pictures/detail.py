@@ -1,0 +1,482 @@
+"""Texture from the photo itself: a hole is filled with patches of what surrounds it, led by the model's filling."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .mask import mask_box
+from .paste import match_edges
+from .region import Region, fill_hole
+
+DETAIL_MODES = ("patches", "enlarged", None)
+# Patches keep so many pixels away from a hole: what is left of an object beside its mask is not to be copied.
+RIM = 4
+# Weight of a filling that leads, of one that only says where to start, and of one that was enlarged.
+LED, UNLED, ENLARGED = 0.5, 0.02, 2.0
+
+
+class Settings(NamedTuple):
+    """
+    How patches are compared and put together; distances are in units of the picture's own.
+
+    Args:
+        radius (`int`): A patch has `2 * radius + 1` pixels a side.
+        components (`int`): Principal components by which patches are compared.
+        texture (`float`): Weight of the channels that say how rough the picture is.
+        position (`tuple[float, float]`): How far a patch may come from below or above, and from the side: weight of
+            the distance in parts of the region's size, times the region's contrast.
+        lead_sigma (`float`): What counts as the low frequencies of a filling that leads, in pixels.
+        thin (`int`): A scale at which no pixel of the hole is farther from its edge is coarse enough.
+        iterations (`tuple[int, int]`): Rounds of search and vote at the finest and at the coarsest scale.
+        exact (`int`): So many pairs of patches are compared one and all; where there are more, the search is random.
+        search_pixels (`int`): Regions with more pixels are searched at half their size.
+        gamma (`float`): By how much a patch counts less for each pixel that it lies farther inside the hole.
+        quantile (`float`): The patches' distance at this rank is what voting takes for an ordinary one.
+    """
+
+    radius: int = 3
+    components: int = 24
+    texture: float = 3.0
+    position: tuple[float, float] = (0.5, 0.25)
+    lead_sigma: float = 8.0
+    thin: int = 5
+    iterations: tuple[int, int] = (4, 8)
+    exact: int = 50_000_000
+    search_pixels: int = 800_000
+    gamma: float = 1.6
+    quantile: float = 0.75
+
+
+def _grow(mask: torch.Tensor, pixels: int) -> torch.Tensor:
+    return F.max_pool2d(mask[None, None].float(), 2 * pixels + 1, 1, pixels)[0, 0] > 0
+
+
+def _shrink(mask: torch.Tensor, pixels: int) -> torch.Tensor:
+    """Leaves pixels whose whole neighbourhood is in the mask and in the picture."""
+    outside = F.pad(1 - mask[None, None].float(), (pixels,) * 4, value=1)
+    return F.max_pool2d(outside, 2 * pixels + 1, 1)[0, 0] == 0
+
+
+def _blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian blur of `[C, H, W]`."""
+    if sigma < 0.3:
+        return image
+    reach = math.ceil(2.5 * sigma)
+    x = torch.arange(-reach, reach + 1, device=image.device, dtype=image.dtype)
+    kernel = torch.softmax(-x.square() / (2 * sigma**2), 0)
+    image = F.pad(image[:, None], (reach,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(image, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]
+
+
+def _halve(image: torch.Tensor) -> torch.Tensor:
+    """Halves `[C, H, W]`; odd sizes are continued by a pixel."""
+    height, width = image.shape[1:]
+    return F.avg_pool2d(F.pad(image[None], (0, width % 2, 0, height % 2), mode="replicate"), 2)[0]
+
+
+def _roughness(image: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """
+    Mean absolute gradients of the known pixels around each pixel, `[2, H, W]`.
+
+    Where they are unknown they are filled like colours, so that a rough surface does not become a smooth one at
+    coarse scales, where both look alike (Newson et al., "Video Inpainting of Complex Scenes", 2014, section 3.3).
+    """
+    grey = F.pad(image.mean(0)[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
+    gradients = torch.stack([grey[1:-1, 2:] - grey[1:-1, :-2], grey[2:, 1:-1] - grey[:-2, 1:-1]]).abs() / 2
+    known = (~_grow(~known, 1)).float()[None]
+    sums = F.avg_pool2d(torch.cat([gradients * known, known])[None], 5, 1, 2)[0]
+    return sums[:2] / sums[2:].clamp(min=1e-6)
+
+
+class _Scale:
+    """
+    One scale of the pyramid: where the hole's patches are copied from.
+
+    Args:
+        image (`torch.Tensor` of shape `[C, H, W]`): Colours and roughness; what is in the hole is not looked at.
+        hole (`torch.Tensor` of shape `[H, W]`): Boolean.
+        source (`torch.Tensor` of shape `[H, W]`): Pixels that may be copied.
+        guide (`torch.Tensor` of shape `[3, H, W]`): Low frequencies that are to be matched, already weighted.
+    """
+
+    def __init__(self, image, hole, source, guide, settings, generator):
+        self.settings, self.generator = settings, generator
+        radius = settings.radius
+        self.image, self.hole = image.masked_fill(hole, 0), hole
+        self.height, self.width = hole.shape
+        self.valid = _shrink(source & ~hole, radius).flatten()
+        self.sources = self.valid.nonzero()[:, 0]
+        is_query = _grow(hole, radius)
+        self.is_query, self.queries = is_query.flatten(), is_query.flatten().nonzero()[:, 0]
+        self.match = self.random_sources(len(self.queries))
+        self.distance = torch.zeros(len(self.queries), device=hole.device)
+        self.trust = settings.gamma ** -self._depth(is_query)
+        rows = torch.arange(self.height, device=hole.device, dtype=torch.float32) / max(hole.shape)
+        columns = torch.arange(self.width, device=hole.device, dtype=torch.float32) / max(hole.shape)
+        side = 2 * radius + 1
+        contrast = image[:3, ~hole].std(1).mean()
+        position = torch.stack(
+            [
+                (side * contrast * settings.position[0] * rows)[:, None].expand(hole.shape),
+                (side * contrast * settings.position[1] * columns)[None].expand(hole.shape),
+            ]
+        )
+        self.extra = torch.cat([guide * side, position])
+
+    def random_sources(self, count: int) -> torch.Tensor:
+        index = torch.randint(len(self.sources), (count,), generator=self.generator)
+        return self.sources[index.to(self.sources.device)]
+
+    def _depth(self, is_query: torch.Tensor) -> torch.Tensor:
+        depth, inner = torch.zeros(self.hole.shape, device=is_query.device), is_query
+        for _ in range(24):
+            depth += inner
+            inner = ~_grow(~inner, 1)
+        return depth.flatten()[self.queries]
+
+    def prepare(self) -> None:
+        """Finds the principal components of the patches, and the features of those that may be copied."""
+        radius, width = self.settings.radius, self.width
+        steps = torch.arange(-radius, radius + 1, device=self.hole.device)
+        offsets = (steps[:, None] * width + steps).flatten()
+        sample = self.random_sources(4096)
+        patches = self.image.flatten(1)[:, (sample[:, None] + offsets).clamp(0, self.height * width - 1)]
+        patches = patches.permute(1, 0, 2).flatten(1)
+        patches = patches - patches.mean(0)
+        _, vectors = torch.linalg.eigh((patches.T @ patches).cpu().double())  # not all devices have it
+        basis = vectors[:, -self.settings.components :].T.float().to(patches.device)
+        self.basis = basis.reshape(-1, len(self.image), len(steps), len(steps))
+        self.source_features = self.features(self.image)
+
+    def features(self, image: torch.Tensor) -> torch.Tensor:
+        """What patches are compared by, `[H * W, features]`."""
+        padded = F.pad(image[None], (self.settings.radius,) * 4, mode="replicate")
+        return torch.cat([F.conv2d(padded, self.basis)[0], self.extra]).flatten(1).T.contiguous()
+
+    def search(self, estimate: torch.Tensor) -> None:
+        """Finds for each patch of the estimate that touches the hole one like it outside."""
+        query_features = self.features(estimate)[self.queries]
+        if len(self.queries) * len(self.sources) <= self.settings.exact:
+            source_features = self.source_features[self.sources]
+            norms = source_features.square().sum(1)
+            rows = max(1, 10_000_000 // len(self.sources))
+            nearest = [
+                torch.addmm(norms, part, source_features.T, alpha=-2).argmin(1) for part in query_features.split(rows)
+            ]
+            self.match = self.sources[torch.cat(nearest)]
+        self.distance = (query_features - self.source_features[self.match]).square().sum(1)
+        if len(self.queries) * len(self.sources) > self.settings.exact:
+            for _ in range(2):
+                self._propagate(query_features)
+                self._draw(query_features)
+
+    def _propagate(self, query_features: torch.Tensor) -> None:
+        """Tries what the neighbours copy, shifted (Barnes et al., "PatchMatch", 2009, section 3.2, all at once)."""
+        for delta in (1, -1, self.width, -self.width):
+            field = torch.full((self.height * self.width,), -1, device=self.match.device)
+            field[self.queries] = self.match
+            neighbour = field[(self.queries + delta).clamp(0, len(field) - 1)]
+            self._improve(query_features, torch.where(neighbour < 0, self.match, neighbour - delta))
+
+    def _draw(self, query_features: torch.Tensor) -> None:
+        """Tries random places around the match, ever closer to it (the same, section 3.2)."""
+        reach = max(self.height, self.width) / 2
+        while reach >= 1:
+            draw = torch.rand(2, len(self.queries), generator=self.generator).to(self.match.device)
+            rows, columns = (reach * (2 * draw - 1)).round().long()
+            rows = (self.match // self.width + rows).clamp(0, self.height - 1)
+            columns = (self.match % self.width + columns).clamp(0, self.width - 1)
+            self._improve(query_features, rows * self.width + columns)
+            reach *= 0.35
+
+    def _improve(self, query_features: torch.Tensor, candidate: torch.Tensor) -> None:
+        candidate = candidate.clamp(0, self.height * self.width - 1)
+        rows = ((candidate != self.match) & self.valid[candidate]).nonzero()[:, 0]
+        candidate = candidate[rows]
+        distance = (query_features[rows] - self.source_features[candidate]).square().sum(1)
+        better = distance < self.distance[rows]
+        self.match[rows[better]] = candidate[better]
+        self.distance[rows[better]] = distance[better]
+
+    def vote(self, copy: bool = False) -> torch.Tensor:
+        """
+        The picture with its hole filled by the mean of all patches over each pixel, weighted by how well they fit.
+
+        Wexler et al., "Space-Time Completion of Video", 2007, section 3.2. With `copy` the one that fits best is
+        taken instead: seams may show, but nothing is blurred.
+        """
+        spread = torch.quantile(self.distance[:: len(self.distance) // 10_000 + 1], self.settings.quantile)
+        weights = torch.zeros(self.height * self.width, device=self.match.device)
+        weights[self.queries] = torch.exp(-self.distance / (2 * spread.clamp(min=1e-8))) * self.trust + 1e-12
+        field = torch.zeros(self.height * self.width, dtype=torch.long, device=self.match.device)
+        field[self.queries] = self.match
+        colors = self.image.flatten(1).T.contiguous()
+        pixels = self.hole.flatten().nonzero()[:, 0]
+        rows, columns = pixels // self.width, pixels % self.width
+        total = torch.zeros(len(pixels), len(self.image) + 1, device=self.match.device)
+        colors = F.pad(colors, (0, 1), value=1)
+        radius = self.settings.radius
+        for down in range(-radius, radius + 1):
+            for right in range(-radius, radius + 1):
+                inside = (rows >= down) & (rows - down < self.height) & (columns >= right)
+                inside &= columns - right < self.width
+                delta = torch.where(inside, down * self.width + right, 0)
+                query = pixels - delta
+                votes = weights[query][:, None] * colors[field[query] + delta]  # the last column is the weight itself
+                total = torch.where(votes[:, -1:] > total[:, -1:], votes, total) if copy else total + votes
+        result = self.image.flatten(1).clone()
+        result[:, pixels] = (total[:, :-1] / total[:, -1:]).T
+        return result.view(self.image.shape)
+
+    def adopt(self, coarse: "_Scale") -> None:
+        """Takes over the matches of the next coarser scale."""
+        field = torch.full((coarse.height * coarse.width,), -1, device=self.match.device)
+        field[coarse.queries] = coarse.match
+        distance = torch.zeros(len(field), device=self.match.device)
+        distance[coarse.queries] = coarse.distance
+        rows, columns = self.queries // self.width, self.queries % self.width
+        place = rows // 2 * coarse.width + columns // 2
+        match = field[place]
+        rows = (2 * (match // coarse.width) + rows % 2).clamp(0, self.height - 1)
+        columns = (2 * (match % coarse.width) + columns % 2).clamp(0, self.width - 1)
+        candidate = rows * self.width + columns
+        self.match = torch.where((match >= 0) & self.valid[candidate], candidate, self.match)
+        self.distance = distance[place]
+
+
+def fill_with_patches(
+    image: torch.Tensor,
+    hole: torch.Tensor,
+    source: torch.Tensor,
+    guide: torch.Tensor,
+    lead: float = UNLED,
+    generator: torch.Generator | None = None,
+    settings: Settings = Settings(),
+    copy: bool = False,
+) -> torch.Tensor:
+    """
+    Fills a hole with patches of the picture around it, from coarse to fine.
+
+    Args:
+        image (`torch.Tensor` of shape `[3, H, W]`): Colours in [0, 1]; what is in the hole is not looked at.
+        hole (`torch.Tensor` of shape `[H, W]`): Boolean, `True` is filled.
+        source (`torch.Tensor` of shape `[H, W]`): Boolean, the pixels that may be copied; at least one whole patch.
+        guide (`torch.Tensor` of shape `[3, H, W]`): A filling to start from.
+        lead (`float`, defaults to 0.02): Weight of the guide's low frequencies against the patches' own colours.
+        generator (`torch.Generator`, *optional*): Source of the random search, on the CPU.
+        settings (`Settings`): How patches are compared and put together.
+        copy (`bool`, defaults to `False`): Whether the result is copied pixel by pixel instead of averaged.
+
+    Returns:
+        `torch.Tensor` of shape `[3, H, W]`, equal to `image` outside the hole.
+    """
+    guide = torch.where(hole, guide, image)
+    low = _blur(guide, settings.lead_sigma)
+    rough = settings.texture * _roughness(image, ~hole)
+    levels = [(torch.cat([image, rough]), hole, source, guide, low)]
+    while _is_divisible(*levels[-1][1:3], settings):
+        image_, hole_, source_, guide_, low_ = levels[-1]
+        known = (~hole_).float()[None]
+        share = _halve(known)
+        small = _halve(image_ * known) / share.clamp(min=1e-6)
+        levels.append((small, share[0] < 0.6, _halve(source_.float()[None])[0] >= 0.6, _halve(guide_), _halve(low_)))
+
+    scale = None
+    for level, (image_, hole_, source_, guide_, low_) in reversed(list(enumerate(levels))):
+        coarse = scale
+        scale = _Scale(image_, hole_, source_, math.sqrt(lead) * low_, settings, generator)
+        estimate = None
+        if coarse is None:
+            estimate = scale.image.clone()
+            estimate[:3] = torch.where(hole_, guide_, estimate[:3])
+        else:
+            scale.adopt(coarse)
+            if hole_.numel() > settings.search_pixels:
+                continue
+        scale.prepare()
+        fine, most = settings.iterations
+        for _ in range(round(fine + (most - fine) * level / max(len(levels) - 1, 1))):
+            scale.search(scale.vote() if estimate is None else estimate)
+            estimate = None
+    return scale.vote(copy)[:3]
+
+
+def _is_divisible(hole: torch.Tensor, source: torch.Tensor, settings: Settings) -> bool:
+    """Whether the next coarser scale is of use: the hole is thick, and enough is left around it."""
+    is_thin = not (~_grow(~hole, settings.thin)).any()
+    if min(hole.shape) < 48 or (is_thin and hole.numel() <= settings.search_pixels):
+        return False
+    small = _halve((~hole & source).float()[None])[0] >= 0.6
+    queries = _grow(~small, settings.radius).sum()
+    return bool(_shrink(small, settings.radius).sum() >= max(256, queries // 2))
+
+
+def holes(mask: np.ndarray, reach: int) -> list[np.ndarray]:
+    """
+    Takes a mask apart into holes that are farther from each other than about `reach` pixels.
+
+    Args:
+        mask (`np.ndarray` of shape `[H, W]`): Boolean, not empty.
+        reach (`int`): At least 1.
+
+    Returns:
+        `list[np.ndarray]`: Boolean masks `[H, W]`, which together are `mask`.
+    """
+    height, width = mask.shape
+    blocks = torch.from_numpy(mask)[None, None].float()
+    blocks = F.max_pool2d(F.pad(blocks, (0, -width % reach, 0, -height % reach)), reach)[0, 0] > 0
+    labels = torch.arange(1, blocks.numel() + 1, dtype=torch.float64).view(blocks.shape) * blocks
+    while True:  # the greatest label spreads over all blocks that touch
+        spread = F.max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * blocks
+        if (spread == labels).all():
+            break
+        labels = spread
+    labels = labels.numpy()[np.arange(height)[:, None] // reach, np.arange(width) // reach]
+    return [mask & (labels == label) for label in np.unique(labels[mask])]
+
+
+def held_out_errors(
+    image: torch.Tensor, hole: torch.Tensor, source: torch.Tensor, generator: torch.Generator | None = None
+) -> tuple[float, float]:
+    """
+    How well what is known around a hole is rebuilt when it is held out: a ring of 6 px, at a size of 128 px.
+
+    Args:
+        image (`torch.Tensor` of shape `[3, H, W]`): Colours in [0, 1]; what is in the hole is not looked at.
+        hole (`torch.Tensor` of shape `[H, W]`): Boolean.
+        source (`torch.Tensor` of shape `[H, W]`): Boolean, the pixels that may be copied.
+        generator (`torch.Generator`, *optional*): Source of the random search, on the CPU.
+
+    Returns:
+        `tuple[float, float]`: Mean squared errors of patches, infinite if nothing is left to copy from, and of a
+        smooth filling.
+    """
+    while max(hole.shape) > 128:
+        known = (~hole).float()[None]
+        share = _halve(known)
+        image = _halve(image * known) / share.clamp(min=1e-6)
+        hole, source = share[0] < 0.6, _halve(source.float()[None])[0] >= 0.6
+    ring = _grow(hole, 6) & ~hole
+    held_out = hole | ring
+    smooth = fill_hole(image[None], held_out[None, None].float())[0]
+    smooth_error = (smooth - image)[:, ring].square().mean().item()
+    if not _shrink(source & ~held_out, Settings().radius).any():
+        return math.inf, smooth_error
+    filled = fill_with_patches(image, held_out, source & ~held_out, smooth, UNLED, generator)
+    return (filled - image)[:, ring].square().mean().item(), smooth_error
+
+
+def add_detail(
+    fill: np.ndarray,
+    region: Region,
+    detail: str | None = "patches",
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """
+    Gives a filling the texture of its photo, by patches of what surrounds each hole.
+
+    Args:
+        fill (`np.ndarray` of shape `[h, w, 3]`): The model's filling of the region's box, floats in [0, 1].
+        region (`Region`): The photo, its mask, the box, and the size at which the model worked.
+        detail (`str`, *optional*, defaults to `"patches"`): `"patches"` decides for each hole how much the filling
+            leads; `"enlarged"` is led by the filling, keeps its low frequencies and replaces what is missing where it
+            was enlarged, and does nothing where it was not; `None` does nothing.
+        generator (`torch.Generator`, *optional*): Makes the search reproducible; one number is drawn from it.
+        device (`torch.device`, defaults to the CPU): Where to compute.
+
+    Returns:
+        `np.ndarray` of shape `[h, w, 3]`, in [0, 1]; equal to `fill` outside the mask.
+
+    Raises:
+        ValueError: If `detail` is none of these.
+    """
+    if detail not in DETAIL_MODES:
+        raise ValueError(f"`detail` must be one of {', '.join(map(repr, DETAIL_MODES))}, but is {detail!r}.")
+    picture, mask, box = region.picture, region.mask, region.box
+    if detail is None or not mask.any() or mask.all() or (detail == "enlarged" and region.enlargement <= 1):
+        return fill
+    where = "cpu" if generator is None else generator.device
+    seed = torch.randint(2**31, (1,), generator=generator, device=where).item()
+    generator = torch.Generator().manual_seed(seed)
+    part = _overlap(mask_box(mask, 1), box)
+    inside = mask[_slices(part)]
+    led = match_edges(fill[_slices(part, box)], picture.rgb(part), inside).clip(0, 1)
+    result = fill.copy()
+    for hole in holes(mask, max(16, max(mask.shape) // 64)):
+        around = _surroundings(hole)
+        filled = np.array(picture.rgb(around), np.float32)
+        both = _overlap(around, part)
+        in_around, in_part = _slices(both, around), _slices(both, part)
+        filled[in_around][inside[in_part]] = led[in_part][inside[in_part]]
+        detailed = _detail_hole(
+            torch.from_numpy(filled).permute(2, 0, 1).contiguous().to(device),
+            torch.from_numpy(hole[_slices(around)]).to(device),
+            torch.from_numpy(mask[_slices(around)]).to(device),
+            region.enlargement if detail == "enlarged" else None,
+            generator,
+        )
+        detailed = detailed.permute(1, 2, 0).cpu().numpy().clip(0, 1)
+        here = hole[_slices(both)]
+        result[_slices(both, box)][here] = detailed[in_around][here]
+    return result
+
+
+def _surroundings(hole: np.ndarray) -> tuple[int, int, int, int]:
+    """The box that patches for a hole come from: as wide as the hole on each side, within limits."""
+    left, top, right, bottom = mask_box(hole)
+    side = max(right - left, bottom - top)
+    return mask_box(hole, min(max(side, 96), max(side // 4, 256)))
+
+
+def _overlap(box: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    return max(box[0], other[0]), max(box[1], other[1]), min(box[2], other[2]), min(box[3], other[3])
+
+
+def _slices(part: tuple[int, int, int, int], box: tuple[int, int, int, int] = (0, 0, 0, 0)) -> tuple[slice, slice]:
+    """Where a part of a picture lies in a box of it, by default in the whole."""
+    return slice(part[1] - box[1], part[3] - box[1]), slice(part[0] - box[0], part[2] - box[0])
+
+
+def _detail_hole(
+    filled: torch.Tensor,
+    hole: torch.Tensor,
+    unknown: torch.Tensor,
+    enlargement: float | None,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """One hole of a filled picture `[3, H, W]`; without `enlargement` it is decided how much the filling leads."""
+    source = next((s for s in (~_grow(unknown, RIM), ~unknown) if _shrink(s, Settings().radius).sum() >= 64), None)
+    if source is None:  # the hole is all but the whole picture
+        return filled
+    if enlargement is not None:
+        settings = Settings(lead_sigma=enlargement / 2)
+        detailed = fill_with_patches(filled, hole, source, filled, ENLARGED, generator, settings, copy=True)
+        return detailed + _blur((filled - detailed) * hole, enlargement / 2)
+    smooth = fill_hole(filled[None], hole[None, None].float())[0]
+    if filling_leads(filled, hole, source, generator):
+        detailed = fill_with_patches(filled, hole, source, filled, LED, generator)
+    else:
+        detailed = fill_with_patches(filled, hole, source, smooth, UNLED, generator)
+    # Slow changes of light, as in a sky, are those around the hole; larger differences are things, and stay.
+    shift = _blur((smooth - detailed) * hole, 8)
+    return detailed + shift * torch.exp(-shift.square().sum(0) / (2 * 0.1**2)) * hole
+
+
+def filling_leads(
+    image: torch.Tensor, hole: torch.Tensor, source: torch.Tensor, generator: torch.Generator | None = None
+) -> bool:
+    """
+    Whether the model's filling should lead the patches, by what is known of a hole.
+
+    Args:
+        image (`torch.Tensor` of shape `[3, H, W]`): Colours in [0, 1]; what is in the hole is not looked at.
+        hole (`torch.Tensor` of shape `[H, W]`): Boolean.
+        source (`torch.Tensor` of shape `[H, W]`): Boolean, the pixels that may be copied.
+        generator (`torch.Generator`, *optional*): Source of the random search, on the CPU.
+    """
+    patch_error, smooth_error = held_out_errors(image, hole, source, generator)
+    return min(patch_error, smooth_error) > 0.01
