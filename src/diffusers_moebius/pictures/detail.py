@@ -389,7 +389,7 @@ def add_detail(
         device (`torch.device`, defaults to the CPU): Where to compute.
 
     Returns:
-        `np.ndarray` of shape `[h, w, 3]`, in [0, 1]; around the mask it is the photo.
+        `np.ndarray` of shape `[h, w, 3]`, in [0, 1]; outside the mask it is the photo.
 
     Raises:
         ValueError: If `detail` is none of these.
@@ -404,11 +404,9 @@ def add_detail(
     generator = torch.Generator().manual_seed(seed)
     part = _overlap(mask_box(mask, 1), box)
     inside = mask[_slices(part)]
-    photo = picture.rgb(part)
-    led = match_edges(fill[_slices(part, box)], photo, inside).clip(0, 1)
-    result = fill.copy()
+    led = match_edges(fill[_slices(part, box)], picture.rgb(part), inside).clip(0, 1)
     # Patches meet the photo around the hole, not what the model made of it.
-    result[_slices(part, box)][~inside] = photo[~inside]
+    result = np.array(picture.rgb(box), np.float32)
     for hole in holes(mask, max(16, max(mask.shape) // 64)):
         around = _surroundings(hole)
         filled = np.array(picture.rgb(around), np.float32)

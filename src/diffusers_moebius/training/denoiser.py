@@ -26,7 +26,7 @@ class ConditionedDenoiser(nn.Module):
 
     def forward(self, sample: torch.Tensor, timesteps: torch.Tensor, category_ids: torch.Tensor, **kwargs):
         """Returns the U-Net's output for category ids `[B, tokens]`; `kwargs` are its own."""
-        return self.unet(sample, timesteps, self.lcg_embedder(category_ids).embeds.to(sample.dtype), **kwargs)
+        return self.unet(sample, timesteps, self.lcg_embedder(category_ids).embeds, **kwargs)
 
 
 class DecodingDenoiser(ConditionedDenoiser):

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import warnings
+import logging
 from itertools import islice
 
 import torch
@@ -77,8 +77,10 @@ class Validation:
             "guidance_scale": self.args.validation_guidance_scale,
             "strength": 1.0,
         } | options
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`mask_image`")  # random holes may fill most of a photo
+        remarks = logging.getLogger("diffusers_moebius.pictures.mask")
+        level = remarks.level
+        remarks.setLevel(logging.ERROR)  # random holes may fill most of a photo
+        try:
             return pipeline(
                 image=self.photos,
                 mask_image=self.masks,
@@ -88,6 +90,8 @@ class Validation:
                 output_type="pt",
                 **options,
             ).images.cpu()
+        finally:
+            remarks.setLevel(level)
 
     def hole_psnr(self, results: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """PSNR in the hole of each result `[N, 3, H, W]` in [0, 1] to the photos or another target; `[N]`."""
