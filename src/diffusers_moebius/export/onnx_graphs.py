@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..loaders.model_card import hub_repository, weight_facts
-from ..models.adapter_layers import remove_fused_adapters
+from ..models.fusion import remove_fused_adapters
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.linear_attention import GatedLinearAttention
 from .onnx_layers import prepare_unet
@@ -238,7 +238,7 @@ def _category_tokens(pipeline) -> torch.Tensor:
     embedder = pipeline.lcg_embedder
     ids = torch.cat([embedder.category_ids(category) for category in ("background", "foreground")])
     with torch.no_grad():
-        return embedder(ids).float().cpu()
+        return embedder(ids).embeds.float().cpu()
 
 
 def _is_deterministic(vae: ModelMixin) -> bool:

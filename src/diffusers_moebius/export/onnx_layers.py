@@ -5,14 +5,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..models.lambda_layers import (
+from ..models.unet_2d_moebius import (
     InteractiveLambda,
     InteractiveLambdaProcessor,
     LambdaLayer,
     LocalLambda,
     LocalLambdaProcessor,
+    SeparableConv2d,
 )
-from ..models.unet_2d_moebius import SeparableConv2d
 
 TILE = 8  # positions of a row that one matrix product of Local-lambda is for
 
