@@ -165,11 +165,12 @@ def test_options_reach_the_pipeline(moebius, folder, model, monkeypatch):
         "strength": None,
         "masked_content": "original",
         "padding_mask_crop": 64,
+        "detail": "auto",
         "paste": "auto",
         "color_compensation": False,
     }
     options = "--steps 7 --guidance 1.5 --strength 0.5 --no-crop --paste none --color-compensation"
-    options += " --masked-content fill"
+    options += " --masked-content fill --detail none"
     moebius("inpaint", "photo.png", "mask.png", "-o", "out.png", "--model", model, "--seed", 5, *options.split())
     assert {key: calls[1][key] for key in defaults} == {
         "num_inference_steps": 7,
@@ -177,6 +178,7 @@ def test_options_reach_the_pipeline(moebius, folder, model, monkeypatch):
         "strength": 0.5,
         "masked_content": "fill",
         "padding_mask_crop": None,
+        "detail": None,
         "paste": None,
         "color_compensation": True,
     }

@@ -35,8 +35,7 @@ def check_same(both, **call):
     pipe, modular = both
     seeds = call.pop("seeds", (0,))
     expected = pipe(**call, generator=seeded(*seeds)).images
-    if "paste" in call and call["paste"] is None:
-        call["paste"] = "none"
+    call |= {name: "none" for name in ("detail", "paste") if name in call and call[name] is None}
     result = modular(**call, generator=seeded(*seeds), output="images")
     assert len(result) == len(expected)
     for one, other in zip(result, expected):
@@ -95,6 +94,9 @@ class TestSameBitsAsThePipeline:
         [
             {"paste": "blur", "color_compensation": True},
             {"paste": None},
+            {"detail": "patches"},
+            {"detail": "patches", "num_images_per_prompt": 2, "seeds": (3, 4)},
+            {"detail": None},
             {"output_type": "np"},
             {"output_type": "pt"},
             {"output_type": "latent"},
@@ -199,6 +201,7 @@ class TestGuider:
         ({"padding_mask_crop": 1.5}, "padding_mask_crop"),
         ({"height": 100}, "height"),
         ({"paste": "Exact"}, "paste"),
+        ({"detail": "Patches"}, "detail"),
         ({"output_type": "png"}, "output_type"),
         ({"timesteps": []}, "timesteps"),
         ({"generator": 42}, "generator"),

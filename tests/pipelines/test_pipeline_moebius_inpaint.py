@@ -371,6 +371,7 @@ class TestBadInput:
             ({"width": 0}, "width"),
             ({"height": 64.0}, "height"),
             ({"paste": "Exact"}, "paste"),
+            ({"detail": "Patches"}, "detail"),
             ({"output_type": "png"}, "output_type"),
             ({"timesteps": []}, "timesteps"),
             ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "callback_on_step_end_tensor_inputs"),

@@ -189,6 +189,30 @@ class TestGuidance:
             np.testing.assert_array_equal(results[name, "auto"], results["exact", name])
         assert (results["exact", "auto"] != results["seamless", "auto"]).any()
 
+    def test_default_detail_is_the_checkpoint_s(self, pipe):
+        run = {"image": photo(96, 96), "mask_image": hole(96, 96), "num_inference_steps": 1, "strength": 1.0}
+        patches = MoebiusInpaintPipeline.from_pipe(pipe, default_detail="patches")
+        patches.set_progress_bar_config(disable=True)
+
+        def result(pipeline, **options):
+            return np.asarray(pipeline(**run, generator=seeded(0), **options).images[0])
+
+        assert pipe.config.default_detail == "enlarged"
+        plain = result(pipe, detail=None, height=96)
+        np.testing.assert_array_equal(result(pipe, height=96), plain)  # nothing is enlarged
+        np.testing.assert_array_equal(result(patches, height=96), result(pipe, detail="patches", height=96))
+        assert (result(patches, height=96) != plain).any()
+        assert (result(pipe, height=64) != result(pipe, detail=None, height=64)).any()
+        inside = hole(96, 96)
+        np.testing.assert_array_equal(result(patches)[~inside], np.asarray(run["image"])[~inside])
+
+    def test_detail_draws_from_the_generator_of_each_picture(self, pipe):
+        call = {"mask_image": hole(), "num_inference_steps": 1, "strength": 1.0, "detail": "patches"}
+        both = pipe([photo(), photo(seed=1)], generator=seeded(3, 4), **call).images
+        for image, seed, result in zip((photo(), photo(seed=1)), (3, 4), both):
+            alone = pipe(image, generator=seeded(seed), **call).images[0]
+            np.testing.assert_array_equal(np.asarray(alone), np.asarray(result))
+
     def test_tokens_are_one_tensor_over_the_steps(self, pipe, tiny_unet):
         seen = []
         tiny_unet.register_forward_pre_hook(

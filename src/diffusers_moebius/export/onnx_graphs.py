@@ -266,7 +266,7 @@ def _write_graph(
         # warnings are of checks of the inputs, which a graph does not have.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _OutOfPlace(module).eval(),
+            module.eval(),
             samples,
             path,
             dynamo=False,
@@ -284,18 +284,6 @@ def _write_graph(
     onnx.checker.check_model(path)
     config = {name: value for name, value in config.items() if name != "_name_or_path"}
     _write_json(folder / "config.json", config)
-
-
-class _OutOfPlace(nn.Module):
-    """Runs a module as if gradients were wanted, so that its layers do not write into their inputs."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
-            return self.module(*args)
 
 
 def _store_as_float16(model, least: int = 256) -> None:

@@ -290,8 +290,8 @@ def fill_with_patches(
         scale = _Scale(image_, hole_, source_, math.sqrt(lead) * low_, settings, generator)
         estimate = None
         if coarse is None:
-            estimate = scale.image.clone()
-            estimate[:3] = torch.where(hole_, guide_, estimate[:3])
+            estimate = fill_hole(scale.image[None], hole_[None, None].float())[0]
+            estimate[:3] = guide_
         else:
             scale.adopt(coarse)
             if hole_.numel() > settings.search_pixels:
@@ -389,7 +389,7 @@ def add_detail(
         device (`torch.device`, defaults to the CPU): Where to compute.
 
     Returns:
-        `np.ndarray` of shape `[h, w, 3]`, in [0, 1]; equal to `fill` outside the mask.
+        `np.ndarray` of shape `[h, w, 3]`, in [0, 1]; outside the mask it is the photo.
 
     Raises:
         ValueError: If `detail` is none of these.
@@ -405,7 +405,8 @@ def add_detail(
     part = _overlap(mask_box(mask, 1), box)
     inside = mask[_slices(part)]
     led = match_edges(fill[_slices(part, box)], picture.rgb(part), inside).clip(0, 1)
-    result = fill.copy()
+    # Patches meet the photo around the hole, not what the model made of it.
+    result = np.array(picture.rgb(box), np.float32)
     for hole in holes(mask, max(16, max(mask.shape) // 64)):
         around = _surroundings(hole)
         filled = np.array(picture.rgb(around), np.float32)
@@ -461,9 +462,17 @@ def _detail_hole(
         detailed = fill_with_patches(filled, hole, source, filled, LED, generator)
     else:
         detailed = fill_with_patches(filled, hole, source, smooth, UNLED, generator)
-    # Slow changes of light, as in a sky, are those around the hole; larger differences are things, and stay.
-    shift = _blur((smooth - detailed) * hole, 8)
-    return detailed + shift * torch.exp(-shift.square().sum(0) / (2 * 0.1**2)) * hole
+    return _soften_seam(detailed, hole)
+
+
+def _soften_seam(image: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
+    """Shifts the hole's colours where they differ a little from those around it; large steps are edges of things."""
+    inside = hole.float()[None]
+    means = [_blur(image * part, 2) / _blur(part, 2).clamp(min=1e-4) for part in (inside, 1 - inside)]
+    step = means[1] - means[0]
+    step = step * torch.exp(-step.square().sum(0) / (2 * 0.1**2))
+    edge = _grow(hole, 1) & ~hole
+    return image + inside * fill_hole(step[None], (~edge)[None, None].float())[0]
 
 
 def filling_leads(
@@ -479,4 +488,4 @@ def filling_leads(
         generator (`torch.Generator`, *optional*): Source of the random search, on the CPU.
     """
     patch_error, smooth_error = held_out_errors(image, hole, source, generator)
-    return min(patch_error, smooth_error) > 0.01
+    return min(patch_error, smooth_error) > 0.005

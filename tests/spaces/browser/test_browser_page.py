@@ -113,14 +113,14 @@ def fill_in_python(folder, photo, mask, seed=0, margin=64):
     """What the pipeline makes of the same graphs and the same noise."""
     pipeline = load_onnx_pipeline(folder)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.register_to_config(default_detail=None)  # texture from the photo is not a part of the page
     region = find_regions(photo, Image.fromarray(mask), pipeline.sizes, padding_mask_crop=margin)[0]
     height, width = (length // pipeline.vae_scale_factor for length in region.size)
     channels = pipeline.unet.config.out_channels
     count = channels * height * width
     latents = browser_noise(seed, count).reshape(1, channels, height, width)
     latents = latents + np.float32(0.0357) * browser_noise(seed, channels, count).reshape(1, channels, 1, 1)
-    options = {"padding_mask_crop": margin, "latents": torch.from_numpy(latents)}
+    # Texture from the photo is not a part of the page.
+    options = {"padding_mask_crop": margin, "latents": torch.from_numpy(latents), "detail": None}
     return pipeline(photo, Image.fromarray(mask), **options).images[0]
 
 
