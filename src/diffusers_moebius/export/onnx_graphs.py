@@ -328,15 +328,16 @@ def _check_folder(
     exported = load_onnx_pipeline(folder)
     generator = torch.Generator().manual_seed(0)
     unet, vae, factor = pipeline.unet, pipeline.vae, pipeline.vae_scale_factor
-    tokens = _category_tokens(pipeline).to(unet.device, unet.dtype)
-    categories = torch.tensor([0.0, 1.0])[:, None, None]
+    tokens = _category_tokens(pipeline).to(unet.device, unet.dtype).repeat(2, 1, 1)
+    categories = torch.tensor([0.0, 1.0, 0.0, 1.0])[:, None, None]
     timestep = torch.tensor([500.0])
 
     def draw(channels: int, size: tuple[int, int]) -> torch.Tensor:
-        return torch.randn(2, channels, *size, generator=generator)
+        return torch.randn(batch, channels, *size, generator=generator)
 
     rows = []
-    for height, width in sizes:
+    for number, (height, width) in enumerate(sizes):
+        batch = (1, 3)[number % 2]  # others than the one that was traced
         size = (height // factor, width // factor)
         sample, latents = draw(unet.config.in_channels, size), draw(unet.config.out_channels, size)
         image = draw(vae.config.in_channels, (height, width)).clamp(-1, 1)
@@ -344,8 +345,8 @@ def _check_folder(
         on_vae = {"device": vae.device, "dtype": vae.dtype}
         pairs = {
             "unet": (
-                unet(sample.to(**on_unet), timestep.to(unet.device), tokens, return_dict=False)[0],
-                exported.unet(sample, timestep, categories, return_dict=False)[0],
+                unet(sample.to(**on_unet), timestep.to(unet.device), tokens[:batch], return_dict=False)[0],
+                exported.unet(sample, timestep, categories[:batch], return_dict=False)[0],
             ),
             "vae_encoder": (_EncoderGraph(vae)(image.to(**on_vae)), _EncoderGraph(exported.vae)(image)),
             "vae_decoder": (

@@ -592,7 +592,8 @@ def embed_inputs(
         )
     if not torch.is_tensor(timestep):
         timestep = torch.tensor([timestep], device=sample.device)
-    timestep = timestep.reshape(-1).to(sample.device).expand(len(sample))
+    # `shape[0]` and not `len`, which would be a constant in an exported graph.
+    timestep = timestep.reshape(-1).to(sample.device).expand(sample.shape[0])
     temb = unet.time_embedding(unet.time_proj(timestep).to(sample.dtype))
     return temb, unet.encoder_hid_proj(encoder_hidden_states)
 
