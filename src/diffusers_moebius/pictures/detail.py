@@ -391,8 +391,8 @@ def add_detail(
         device (`torch.device`, defaults to the CPU): Where to compute.
 
     Returns:
-        `np.ndarray` of shape `[h, w, 3]`, in [0, 1]: the photo with its mask filled; `fill` itself where nothing was to
-        be done.
+        `np.ndarray` of shape `[h, w, 3]`, in [0, 1]: the photo with its mask filled, or `fill` itself where nothing
+        was to be done.
 
     Raises:
         ValueError: If `detail` is none of these.
