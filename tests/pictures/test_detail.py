@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from diffusers_moebius.pictures.detail import add_detail, held_out_errors, holes
+from diffusers_moebius.pictures.paste import paste_fill
 from diffusers_moebius.pictures.picture import Picture
 from diffusers_moebius.pictures.region import Region, resize
 
@@ -58,6 +59,14 @@ def test_what_was_in_the_hole_does_not_matter():
     changed[mask] = [1, 0, 1]
     results = [add_detail(fill, region(colors, mask), generator=seeded()) for colors in (photo, changed)]
     np.testing.assert_array_equal(*results)
+
+
+def test_a_model_that_is_wrong_about_what_is_known_leaves_no_trace_after_the_paste():
+    photo, mask = stripes(), box_mask((96, 128), 50, 30, 80, 60)
+    where = region(photo, mask)
+    results = [add_detail(np.full_like(photo, value), where, generator=seeded()) for value in (0.2, 0.8)]
+    pasted = [paste_fill(where.picture, fill, mask, where.box, "seamless").samples for fill in results]
+    np.testing.assert_allclose(*pasted, atol=1e-6)
 
 
 def test_nothing_is_copied_from_beside_the_hole():

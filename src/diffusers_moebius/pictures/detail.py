@@ -14,6 +14,8 @@ from .region import Region, fill_hole
 DETAIL_MODES = ("patches", "enlarged", None)
 # Patches keep so many pixels away from a hole: what is left of an object beside its mask is not to be copied.
 RIM = 4
+# Share of its surroundings from which on a hole is so large that they do not say what belongs into it.
+LARGE = 0.2
 # Weight of a filling that leads, of one that only says where to start, and of one that was enlarged.
 LED, UNLED, ENLARGED = 0.5, 0.02, 2.0
 
@@ -389,7 +391,8 @@ def add_detail(
         device (`torch.device`, defaults to the CPU): Where to compute.
 
     Returns:
-        `np.ndarray` of shape `[h, w, 3]`, in [0, 1]; outside the mask it is the photo.
+        `np.ndarray` of shape `[h, w, 3]`, in [0, 1]: the photo with its mask filled, or `fill` itself where nothing
+        was to be done.
 
     Raises:
         ValueError: If `detail` is none of these.
@@ -405,7 +408,7 @@ def add_detail(
     part = _overlap(mask_box(mask, 1), box)
     inside = mask[_slices(part)]
     led = match_edges(fill[_slices(part, box)], picture.rgb(part), inside).clip(0, 1)
-    # Patches meet the photo around the hole, not what the model made of it.
+    # Outside the mask it becomes the photo, so that a paste that matches colours finds that they match already.
     result = np.array(picture.rgb(box), np.float32)
     for hole in holes(mask, max(16, max(mask.shape) // 64)):
         around = _surroundings(hole)
@@ -487,5 +490,6 @@ def filling_leads(
         source (`torch.Tensor` of shape `[H, W]`): Boolean, the pixels that may be copied.
         generator (`torch.Generator`, *optional*): Source of the random search, on the CPU.
     """
-    patch_error, smooth_error = held_out_errors(image, hole, source, generator)
-    return min(patch_error, smooth_error) > 0.005
+    if hole.float().mean() < LARGE:
+        return False
+    return min(held_out_errors(image, hole, source, generator)) > 0.005
