@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import skimage
 import torch
-from PIL import Image, ImageDraw
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageOps
 
 from diffusers_moebius import MoebiusInpaintPipeline
 from diffusers_moebius.pictures.mask import removal_dilation
@@ -61,15 +62,16 @@ def main() -> None:
         marked = np.asarray(photo).copy()
         hole = np.asarray(mask) > 0
         marked[hole] = 0.5 * marked[hole] + 0.5 * np.array([255, 64, 64])
-        tile = Image.new("RGB", (2 * WIDTH, WIDTH), "white")
-        for column, picture in enumerate((Image.fromarray(marked), result)):
-            picture.thumbnail((WIDTH - 4, WIDTH - 4))
-            tile.paste(picture, (column * WIDTH, 0))
-        tiles.append(tile)
-    sheet = Image.new("RGB", (4 * WIDTH, WIDTH * ((len(tiles) + 1) // 2)), "white")
-    for number, tile in enumerate(tiles):
-        sheet.paste(tile, (2 * WIDTH * (number % 2), WIDTH * (number // 2)))
-    sheet.save(args.output, quality=85)
+        pair = make_image_grid([Image.fromarray(marked), result], rows=1, cols=2)
+        tiles.append(ImageOps.contain(pair, (2 * WIDTH, WIDTH)))
+    rows = [tiles[number : number + 2] for number in range(0, len(tiles), 2)]
+    sheet = Image.new("RGB", (4 * WIDTH, sum(max(tile.height for tile in row) for row in rows)), "white")
+    top = 0
+    for row in rows:
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (2 * WIDTH * column, top))
+        top += max(tile.height for tile in row)
+    sheet.save(args.output, quality=80)
     print(args.output)
 
 

@@ -221,6 +221,7 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
   const fitZoom = () => Math.min(view.clientWidth / width, view.clientHeight / height) || 1;
   const fit = () => {
     if (!width || !view.clientWidth) return;
+    view.style.maxHeight = `${Math.max(200, (view.clientWidth * height) / width)}px`; // no empty place on a phone
     zoom = fitZoom();
     left = (view.clientWidth - zoom * width) / 2;
     top = (view.clientHeight - zoom * height) / 2;
