@@ -6,7 +6,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n auto
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-floor lint space clean
+.PHONY: demo test test-all test-floor lint space browser clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/demo.py --output demo_output
@@ -35,8 +35,15 @@ space:
 	rm build/space/screenshots/take.py
 	cd build/space && echo "./$$(ls diffusers_moebius-*.whl)[demo]" > requirements.txt
 
+# The static page with the bundled model: a folder for any web server, or for a Space with `sdk: static`.
+browser: $(VENV)/.dev-installed
+	cd spaces/browser && npm ci --no-audit --no-fund && npm run build
+	$(BIN)/moebius export nano spaces/browser/dist/models/nano --dtype float16
+	cp -r spaces/browser/README.md spaces/browser/screenshots spaces/browser/dist/
+
 clean:
 	rm -rf $(VENV) $(VENV)-floor demo_output build dist src/*.egg-info
+	rm -rf spaces/browser/dist spaces/browser/node_modules
 
 $(VENV)/.torch-installed: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'

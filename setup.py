@@ -23,8 +23,18 @@ EXTRAS = {
     "examples": ["scikit-image>=0.24"],
     "heic": ["pillow-heif>=0.18"],  # photos of phones; not in the core for its size (6 MB) and x265's licence (GPL)
     "parquet": ["pyarrow>=15"],
+    "ray": ["ray[data]>=2.51"],
     "lora": [PEFT],
-    "train": ["datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.16", "transformers>=4.56", PEFT],
+    "train": [
+        "braceexpand>=0.1.7",
+        "datasets>=3.0",
+        "fsspec[http]>=2024.2",
+        "matplotlib>=3.8",
+        "tensorboard>=2.16",
+        "torchdata>=0.11",
+        "transformers>=4.56",
+        PEFT,
+    ],
     "perceptual": ["elatentlpips>=0.2"],
     "demo": [GRADIO, "opencv-python-headless>=4.10", "scikit-image>=0.24", "transformers>=4.56"],
     "eval": [
@@ -32,7 +42,7 @@ EXTRAS = {
         "scikit-image>=0.24",
         "pypatchmatch>=2.2; python_version >= '3.11'",
     ],
-    "bench": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
+    "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],
     "lpips": ["lpips>=0.1.4"],  # brings torchvision, and downloads AlexNet; without it LPIPS takes weights from a file
     "fid": ["torch-fidelity>=0.3"],  # brings torchvision; without it the FID takes Inception as TorchScript
 }
@@ -41,8 +51,10 @@ EXTRAS["dev"] = sorted(
         *EXTRAS["train"],
         *EXTRAS["eval"],
         *EXTRAS["demo"],
+        *EXTRAS["onnx"],
         *EXTRAS["heic"],
         *EXTRAS["parquet"],
+        *EXTRAS["ray"],
         "playwright>=1.49",
         "hypothesis>=6.100",
         "pytest>=8.0",

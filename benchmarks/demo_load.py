@@ -76,7 +76,8 @@ class Visitor:
         mask = "data:image/png;base64," + base64.b64encode(png(layer)).decode()
         marked = json.dumps({"photo": photo_id, "mask": mask})
         start = time.monotonic()
-        options = ["", "", "", 0, True, 1, "", 50, False]  # as the page sends them, with the model's own settings
+        # As the page sends them, with the model's own settings.
+        options = ["", "", "", 0, True, 1, "", 50, False, "auto"]
         self.queued("_run", None, marked, self.model, *options)
         seconds = time.monotonic() - start
         result_id = photo_id + 1

@@ -12,7 +12,7 @@ A guided step is one evaluation of the U-Net for both branches of one picture (b
 - folded: `prepare_for_inference()`: BatchNorm folded, channels last, the upsampling on the small grid.
 - bf16, fp16: folded, in half precision; on a CPU only where it multiplies bfloat16 in hardware, fp16 on GPUs only.
 - compiled: folded, by `torch.compile` (on GPUs in bfloat16, `max-autotune`).
-- onnx: folded, exported to ONNX Runtime.
+- onnx: the graph that `moebius export` writes, in ONNX Runtime; at batch 2.
 
 How it is measured:
 
@@ -87,9 +87,9 @@ def why_not(variant: str, device: str) -> str | None:
     if variant == "onnx":
         if device != "cpu":
             return "CPU only"
-        missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+        missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
         if missing:
-            return f"needs {', '.join(missing)}: `pip install diffusers-moebius[bench]`"
+            return f"needs {', '.join(missing)}: `pip install diffusers-moebius[onnx]`"
     return None
 
 
@@ -129,10 +129,10 @@ def make_step(variant: str, model: MoebiusUNet2DModel, device: str, inputs: tupl
         Callable that takes sample, timestep and context in float32 and returns the prediction.
     """
     model.set_lambda_algorithm("reference" if variant == "reference" else "fast")
-    if variant not in ("reference", "fast"):
-        model.fuse_for_inference()
     if variant == "onnx":
         return export_to_onnx(model, inputs)
+    if variant not in ("reference", "fast"):
+        model.fuse_for_inference()
     dtype = DTYPES.get(variant, torch.bfloat16 if (variant, device) == ("compiled", "cuda") else torch.float32)
     model.to(device)
     if dtype != torch.float32:  # else diffusers warns of layers that have to stay in it
@@ -148,29 +148,17 @@ def make_step(variant: str, model: MoebiusUNet2DModel, device: str, inputs: tupl
 
 
 def export_to_onnx(model: MoebiusUNet2DModel, inputs: tuple[torch.Tensor, ...]) -> Step:
-    import onnxruntime
+    from diffusers_moebius.export.onnx_graphs import write_unet
+    from diffusers_moebius.export.onnx_pipeline import OnnxGraph
 
-    class Prediction(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.unet = model
+    context = inputs[2]  # of background and foreground, which become part of the graph
+    categories = torch.tensor([0.0, 1.0])[:, None, None]
+    with tempfile.TemporaryDirectory() as folder:
+        write_unet(model, context, Path(folder, "unet"))
+        graph = OnnxGraph(Path(folder, "unet"), ["CPUExecutionProvider"])
 
-        def forward(self, sample, timestep, context):
-            return self.unet(sample, timestep, context, return_dict=False)[0]
-
-    names = ["sample", "timestep", "context"]
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        path = Path(folder) / "unet.onnx"
-        # ONNX Runtime optimizes the graph itself; the exporter's own rewriting takes many minutes for this one.
-        export = {"input_names": names, "dynamo": True, "optimize": False, "verbose": False}
-        torch.onnx.export(Prediction().eval(), inputs, path, **export)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def step(*tensors: torch.Tensor) -> torch.Tensor:
-        feeds = {name: tensor.numpy() for name, tensor in zip(names, tensors)}
-        return torch.from_numpy(session.run(None, feeds)[0])
+    def step(sample: torch.Tensor, timestep: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return graph.run(sample=sample, timestep=timestep.reshape(1), encoder_hidden_states=categories)
 
     return step
 

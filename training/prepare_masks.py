@@ -29,6 +29,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from diffusers_moebius.pictures.files import replace_file
 from diffusers_moebius.pictures.mask import dilate_mask
 from diffusers_moebius.training.picture_sources import PictureReader
 
@@ -159,9 +160,8 @@ def choose(segments: Segments, args: argparse.Namespace) -> list[tuple[np.ndarra
 
 def save_mask(mask: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    Image.fromarray(mask).convert("L").save(temporary, "PNG")
-    temporary.replace(path)
+    with replace_file(path) as file:
+        Image.fromarray(mask).convert("L").save(file, "PNG")
 
 
 def finished_photos(journal: Path, settings: dict) -> dict[str, list[dict]]:
@@ -176,9 +176,8 @@ def finished_photos(journal: Path, settings: dict) -> dict[str, list[dict]]:
         )
     for line in lines[1:]:
         done |= json.loads(line)
-    temporary = journal.with_suffix(".part")
-    temporary.write_bytes(b"".join(lines) or json.dumps(settings).encode() + b"\n")
-    temporary.replace(journal)
+    with replace_file(journal) as file:
+        file.write(b"".join(lines) or json.dumps(settings).encode() + b"\n")
     return done
 
 
@@ -222,9 +221,8 @@ def main(arguments: list[str] | None = None) -> None:
     lines = [line for entries in done.values() for line in entries]
     if not lines:
         raise ValueError("`train_data_dir` holds no readable photo.")
-    temporary = output_dir / "metadata.jsonl.part"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.replace(output_dir / "metadata.jsonl")
+    with replace_file(output_dir / "metadata.jsonl") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
     unreadable = [path for path, entries in done.items() if not entries]
     if unreadable:
         logger.warning("%d unreadable photos skipped: %s", len(unreadable), ", ".join(unreadable))

@@ -19,38 +19,19 @@ import logging
 import torch
 from diffusers import DDIMScheduler
 
-from diffusers_moebius.loaders.hub import load_vae
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.pipelines.latents import predicted_clean_latents
-from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
-from diffusers_moebius.training.arguments import (
-    add_data_arguments,
-    add_model_arguments,
-    add_objective_arguments,
-    add_optimization_arguments,
-    add_run_arguments,
-    add_validation_arguments,
-    check_arguments,
-    training_parser,
-)
-from diffusers_moebius.training.components import (
-    build_dataset,
-    build_lr_scheduler,
-    build_optimizer,
-    build_pipeline,
-    describe_dataset,
-    prepare_denoiser,
-    with_latents,
-)
-from diffusers_moebius.training.distillation import (
-    BALANCES,
-    AdaptiveBalance,
-    distillation_losses,
-)
+from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
+from diffusers_moebius.training.data import build_dataset, describe_dataset
+from diffusers_moebius.training.denoiser import prepare_denoiser
+from diffusers_moebius.training.distillation import BALANCES, AdaptiveBalance, distillation_losses
+from diffusers_moebius.training.latent_cache import with_latents
 from diffusers_moebius.training.loop import TrainingLoop
 from diffusers_moebius.training.objective import noise_batch
-from diffusers_moebius.training.perceptual import LPIPS, DecodedLPIPS, ELatentLPIPSLoss
+from diffusers_moebius.training.optimizers import build_lr_scheduler, build_optimizer
+from diffusers_moebius.training.perceptual import build_perceptual_loss, check_perceptual_loss
 from diffusers_moebius.training.results import write_pipeline
+from diffusers_moebius.training.starting_point import build_pipeline, check_schedules, load_teacher
 from diffusers_moebius.training.validation import Validation
 
 logger = logging.getLogger("train_distillation")
@@ -58,12 +39,17 @@ logger = logging.getLogger("train_distillation")
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__.split("\n\n")[0])
-    add_model_arguments(parser)
     add = parser.add_argument_group("distillation").add_argument
     add("--unet_config", help="JSON file with the arguments of the student's U-Net, to start from scratch")
     add("--pretrained_teacher_model_name_or_path", required=True, help="pipeline folder or hub repository")
-    add("--teacher_checkpoint", help="which of the teacher's published checkpoints, for example pretrained")
-    add("--losses", nargs="+", choices=("coarse", "fine", "task"), default=["coarse", "fine", "task"])
+    add("--teacher_checkpoint", help="which of its published checkpoints, for example pretrained")
+    add(
+        "--losses",
+        nargs="+",
+        choices=("coarse", "fine", "task"),
+        default=["coarse", "fine", "task"],
+        help="features, the teacher's prediction, the true noise",
+    )
     add(
         "--perceptual_loss",
         choices=("elatentlpips", "lpips", "none"),
@@ -74,11 +60,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lpips_weights", help="safetensors file with the LPIPS network; default: that of the `lpips` package")
     add("--lpips_vae", help="autoencoder that decodes the latents for lpips; default: the student's")
     add("--balance", choices=BALANCES, default="paper", help="how the losses are weighed against each other")
-    add_data_arguments(parser)
-    add_objective_arguments(parser, timestep_sampling="logit_normal")
-    add_optimization_arguments(parser, learning_rate=2e-4, optimizer="muon", weight_decay=0.1)
-    add_validation_arguments(parser)
-    add_run_arguments(parser)
+    add_training_arguments(parser)
+    muon = {"optimizer": "muon", "learning_rate": 2e-4, "weight_decay": 0.1, "adam_beta2": 0.95}  # as the release
+    parser.set_defaults(timestep_sampling="logit_normal", **muon)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     if (args.pretrained_model_name_or_path is None) == (args.unet_config is None):
@@ -86,48 +70,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_teacher(args: argparse.Namespace, accelerator) -> MoebiusInpaintPipeline:
-    """The teacher's pipeline, its U-Net and embedder on the device and frozen."""
-    pipeline = MoebiusInpaintPipeline.from_pretrained(
-        args.pretrained_teacher_model_name_or_path, args.teacher_checkpoint, dtype=torch.float32
-    )
-    for model in (pipeline.unet, pipeline.lcg_embedder):
-        model.to(accelerator.device).eval().requires_grad_(False)
-        if args.mixed_precision != "no":
-            model.to(torch.float16 if args.mixed_precision == "fp16" else torch.bfloat16)
-    if args.torch_compile:
-        pipeline.unet.compile()
-    return pipeline
-
-
-def check_schedules(student, teacher) -> None:
-    for name in ("prediction_type", "rescale_betas_zero_snr", "beta_start", "beta_end", "beta_schedule"):
-        own, other = (pipeline.scheduler.config.get(name) for pipeline in (student, teacher))
-        if own != other:
-            raise ValueError(
-                f"Teacher and student need one noise schedule, but the teacher's `{name}` is {other!r} and the"
-                f" student's {own!r}."
-            )
-
-
-def build_perceptual_loss(args: argparse.Namespace, vae, device: torch.device):
-    if args.perceptual_loss == "none":
-        return None
-    if args.perceptual_loss == "elatentlpips":
-        return ELatentLPIPSLoss(args.perceptual_encoder).to(device)
-    decoder = load_vae(args.lpips_vae).requires_grad_(False) if args.lpips_vae else vae
-    return DecodedLPIPS(decoder, LPIPS.from_pretrained(args.lpips_weights)).to(device)
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    check_perceptual_loss(args)
     loop = TrainingLoop(args, "moebius-distillation")
     accelerator, device = loop.accelerator, loop.accelerator.device
 
     # models and data
-    teacher_pipeline = load_teacher(args, accelerator)
-    pipeline = build_pipeline(args, teacher_pipeline.vae)
+    teacher_pipeline = load_teacher(args, device)
+    pipeline = build_pipeline(args, teacher_pipeline)
     check_schedules(pipeline, teacher_pipeline)
     if not isinstance(pipeline.unet, MoebiusUNet2DModel):
         raise ValueError(f"The student must be a MoebiusUNet2DModel, but is a {type(pipeline.unet).__name__}.")
@@ -158,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
         bare.lcg_embedder.save_pretrained(folder / "lcg_embedder")
         pipeline.scheduler.save_pretrained(folder / "scheduler")
 
-    model = loop.prepare(model, optimizer, lr_scheduler, save_parts)
+    model, optimizer, lr_scheduler = loop.prepare(model, optimizer, lr_scheduler, save_parts)
 
     def noise(batch, generators):
         batch = with_latents(batch, pipeline.vae, generators)
@@ -194,21 +146,24 @@ def main(arguments: list[str] | None = None) -> None:
                 weight=noised.weight,
             )
             balanced = balance(losses, output.sample)
-            logged = {"loss": balanced.total, "hole_error": noised.hole_error(output.sample), **losses}
-            logged |= {f"weight_{name}": value for name, value in balanced.weights.items()}
-            loop.optimize(balanced.total, {name: value.detach() for name, value in logged.items()})
+            loss = balanced.total
+            if loop.is_finite(loss):
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(loop.trained_parameters, args.max_grad_norm)
+                    if loop.may_step(norm):
+                        optimizer.step()
+        logged = {"loss": loss, "hole_error": noised.hole_error(output.sample), **losses}
+        loop.end_batch(logged | {f"weight_{name}": value for name, value in balanced.weights.items()})
+
         if validation is not None and loop.is_due(args.validation_steps):
             if teacher_results is None:
-                teacher_results, psnr = validation.fill(teacher_pipeline)
-                logger.info("the teacher's PSNR in the hole: %.2f", psnr)
+                teacher_results = validation.fill(teacher_pipeline)
             with loop.validation() as bare:
                 scores = validation.loss(bare, noise_schedule)
-                results, scores["validation_hole_psnr"] = validation.fill(pipeline)
-            logger.info("validation at step %d: %s", loop.step, scores)
-            grid = validation.grid(teacher_results, results)
-            grid.save(loop.output_dir / f"validation-{loop.step}.png")
-            loop.log_images({"input, mask, teacher, student, photo": grid}, loop.step)
-            accelerator.log(scores, step=loop.step)
+                results = validation.fill(pipeline)
+            scores["validation_hole_psnr"] = validation.hole_psnr(results).mean().item()
+            validation.write(loop, {"teacher": teacher_results, "student": results}, scores)
 
     # result
     if loop.finished:

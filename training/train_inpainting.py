@@ -24,30 +24,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
-from diffusers_moebius.training.arguments import (
-    add_data_arguments,
-    add_model_arguments,
-    add_objective_arguments,
-    add_optimization_arguments,
-    add_run_arguments,
-    add_validation_arguments,
-    check_arguments,
-    training_parser,
-)
-from diffusers_moebius.training.components import (
-    DecodingDenoiser,
-    build_dataset,
-    build_lr_scheduler,
-    build_optimizer,
-    build_pipeline,
-    describe_dataset,
-    prepare_denoiser,
-    with_latents,
-)
+from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
+from diffusers_moebius.training.data import build_dataset, describe_dataset
+from diffusers_moebius.training.denoiser import DecodingDenoiser, prepare_denoiser
+from diffusers_moebius.training.latent_cache import with_latents
 from diffusers_moebius.training.loop import TrainingLoop
 from diffusers_moebius.training.objective import noise_batch
+from diffusers_moebius.training.optimizers import build_lr_scheduler, build_optimizer
 from diffusers_moebius.training.perceptual import LPIPS
 from diffusers_moebius.training.results import write_pipeline
+from diffusers_moebius.training.starting_point import build_pipeline
 from diffusers_moebius.training.validation import Validation
 
 logger = logging.getLogger("train_inpainting")
@@ -55,18 +41,13 @@ logger = logging.getLogger("train_inpainting")
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__.split("\n\n")[0])
-    add_model_arguments(parser)
     parser.add_argument("--unet_config", help="JSON file with the arguments of the U-Net, to start from scratch")
     add = parser.add_argument_group("pictures, of the decoded prediction; not with --cache_latents").add_argument
     add("--lpips_weight", type=float, default=0.0, help="weight of its LPIPS to the photo")
     add("--lpips_weights", help="safetensors file with the LPIPS network; default: that of the `lpips` package")
     add("--l1_weight", type=float, default=0.0, help="weight of its absolute error, in [-1, 1]")
     add("--train_decoder", action="store_true", help="train the decoder of the autoencoder too, by these two")
-    add_data_arguments(parser)
-    add_objective_arguments(parser)
-    add_optimization_arguments(parser)
-    add_validation_arguments(parser)
-    add_run_arguments(parser)
+    add_training_arguments(parser)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     if (args.pretrained_model_name_or_path is None) == (args.unet_config is None):
@@ -95,13 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     loop = TrainingLoop(args, "moebius-inpainting")
-    device = loop.accelerator.device
+    accelerator, device = loop.accelerator, loop.accelerator.device
 
-    # models and data
+    # model and data
     pipeline = build_pipeline(args)
     model = prepare_denoiser(args, pipeline)
     pipeline.vae.to(device)
-    dataset = build_dataset(args, pipeline.vae, loop.accelerator)
+    dataset = build_dataset(args, pipeline.vae, accelerator)
     if args.cache_only:
         return
     noise_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -112,15 +93,14 @@ def main(arguments: list[str] | None = None) -> None:
         model = DecodingDenoiser(model, pipeline.vae, noise_schedule)
     num_embeddings = model.lcg_embedder.config.num_embeddings
     validation = Validation(args, pipeline.vae) if args.validation_data and loop.is_main else None
-    logger.info(
-        "%s, %.1f M parameters", describe_dataset(args, dataset), sum(p.numel() for p in model.parameters()) / 1e6
-    )
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    logger.info("%s, %.1f M parameters", describe_dataset(args, dataset), size)
 
     # optimiser
     modules = {"unet": model.unet, "lcg_embedder": model.lcg_embedder}
     if args.train_decoder:
         modules["decoder"] = pipeline.vae.decoder
-    optimizer = build_optimizer(args, modules, device, loop.accelerator.num_processes)
+    optimizer = build_optimizer(args, modules, device, accelerator.num_processes)
     lr_scheduler = build_lr_scheduler(args, optimizer)
 
     def save_parts(bare, folder):
@@ -130,13 +110,12 @@ def main(arguments: list[str] | None = None) -> None:
         if args.train_decoder:
             pipeline.vae.save_pretrained(folder / "vae")
 
-    model = loop.prepare(model, optimizer, lr_scheduler, save_parts)
+    model, optimizer, lr_scheduler = loop.prepare(model, optimizer, lr_scheduler, save_parts)
 
     def noise(batch, generators):
         batch = with_latents(batch, pipeline.vae, generators)
         return noise_batch(args, noise_schedule, batch, generators, num_embeddings, loop.reduce)
 
-    weights = {"l1": args.l1_weight, "lpips": args.lpips_weight}
     scores = {}
     for batch, generators in loop.batches(dataset):
         with loop.accumulate():
@@ -145,23 +124,28 @@ def main(arguments: list[str] | None = None) -> None:
             loss = noised.loss(output.sample)
             logged = {"loss": loss.detach(), "hole_error": noised.hole_error(output.sample)}
             if compares_pictures:
-                logged |= (errors := picture_errors(output.pictures, batch["pixel_values"], noised.weight, lpips))
-                loss = loss + sum(weights[name] * error for name, error in errors.items())
-            loop.optimize(loss, {name: value.detach() for name, value in logged.items()})
+                errors = picture_errors(output.pictures, batch["pixel_values"], noised.weight, lpips)
+                loss = loss + args.l1_weight * errors["l1"] + args.lpips_weight * errors.get("lpips", 0)
+                logged |= errors
+            if loop.is_finite(loss):
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(loop.trained_parameters, args.max_grad_norm)
+                    if loop.may_step(norm):
+                        optimizer.step()
+        loop.end_batch(logged)
+
         if validation is not None and loop.is_due(args.validation_steps):
             with loop.validation() as bare:
                 scores = validation.loss(bare, noise_schedule)
-                results, scores["validation_hole_psnr"] = validation.fill(pipeline)
-            logger.info("validation at step %d: %s", loop.step, scores)
-            grid = validation.grid(results)
-            grid.save(loop.output_dir / f"validation-{loop.step}.png")
-            loop.log_images({"input, mask, result, photo": grid}, loop.step)
-            loop.accelerator.log(scores, step=loop.step)
+                results = validation.fill(pipeline)
+            scores["validation_hole_psnr"] = validation.hole_psnr(results).mean().item()
+            validation.write(loop, {"result": results}, scores)
 
     # result
     if loop.finished:
         write_pipeline(loop, pipeline, dataset, noise, scores)
-    loop.accelerator.end_training()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The loop of the training scripts, through the script for plain training."""
 
+import os
 import shutil
 import signal
 import time
 
 import pytest
 import torch
-from runs import assert_equal_weights, first_gradients, load_script, read_log, start, weights
+from runs import assert_equal_weights, first_gradients, load_script, read_log, run, start, weights
 from safetensors.torch import load_file, save_file
 
 from diffusers_moebius.training.checkpoints import list_checkpoints
@@ -20,18 +21,20 @@ def script():
 def wait_until(condition, process, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.exitcode is None and time.monotonic() < deadline
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_complete_checkpoint(script, command, tmp_path):
     out = tmp_path / "out"
     command = [*command, f"--output_dir={out}", "--logging_steps=1"]
-    process = start("train_inpainting", [*command, "--max_train_steps=1000000"])
+    (process,) = start("train_inpainting", [*command, "--max_train_steps=1000000"])
     try:
         wait_until((out / "loss.csv").exists, process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(60)
+        assert process.exitcode == 0
     finally:
         process.kill()
     (checkpoint,) = list_checkpoints(out)
@@ -41,11 +44,12 @@ def test_sigterm_leaves_a_complete_checkpoint(script, command, tmp_path):
     assert [int(row["step"]) for row in read_log(out)] == list(range(1, step + 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.004, 0.012])
 def test_killed_while_it_writes_a_checkpoint_it_resumes_to_the_same_parameters(script, command, tmp_path, delay):
     command = [*command, f"--cache_latents={tmp_path / 'cache'}", "--checkpointing_steps=2", "--optimizer=muon"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start("train_inpainting", [*command, f"--output_dir={killed}", "--max_train_steps=1000000"])
+    (process,) = start("train_inpainting", [*command, f"--output_dir={killed}", "--max_train_steps=1000000"])
     try:
         # In the midst of the third checkpoint, some milliseconds after its folder has appeared.
         wait_until((killed / "checkpoint-4").exists, process)
@@ -53,7 +57,7 @@ def test_killed_while_it_writes_a_checkpoint_it_resumes_to_the_same_parameters(s
         time.sleep(delay)
     finally:
         process.kill()
-    process.wait(60)
+    process.join(60)
     last = int(list_checkpoints(killed)[-1].name.split("-")[1])
     assert last in (4, 6)
     finish = f"--max_train_steps={last + 3}"
@@ -99,6 +103,38 @@ def test_ten_broken_steps_in_a_row_end_the_run_with_the_last_good_weights(script
     assert_equal_weights(out / "checkpoint-3", out / "checkpoint-13")
 
 
+def test_a_checkpoint_by_its_bare_name(script, command, tmp_path):
+    out = tmp_path / "out"
+    command = [*command, f"--output_dir={out}", "--checkpointing_steps=2"]
+    script.main([*command, "--max_train_steps=4"])
+    kept = weights(out / "checkpoint-4")
+    script.main([*command, "--max_train_steps=4", "--resume_from_checkpoint=checkpoint-2"])
+    assert all(torch.equal(kept[name], value) for name, value in weights(out / "checkpoint-4").items())
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint`.*'checkpoint-3' is neither"):
+        script.main([*command, "--resume_from_checkpoint=checkpoint-3"])
+
+
+def test_epochs_decide_the_number_of_steps(script, command, tmp_path):
+    out = tmp_path / "out"
+    options = ["--num_train_epochs=3", "--max_train_samples=9", "--gradient_accumulation_steps=2", "--logging_steps=1"]
+    script.main([*command, f"--output_dir={out}", *options])
+    assert len(read_log(out)) == 3  # of two batches of four each
+
+
+def test_push_to_hub_is_checked_before_anything_else(script, command, tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(name, private, exist_ok):
+        asked.append((name, private))
+        raise OSError("401 Client Error")
+
+    monkeypatch.setattr("diffusers_moebius.training.loop.create_repo", refuse)
+    monkeypatch.setattr(script, "build_pipeline", lambda *arguments: 1 / 0)
+    with pytest.raises(OSError, match="401"):
+        script.main([*command, f"--output_dir={tmp_path / 'my-run'}", "--push_to_hub", "--hub_private"])
+    assert asked == [("my-run", True)]
+
+
 def test_old_checkpoints_are_pruned_by_number(script, command, tmp_path):
     out = tmp_path / "out"
     (out / "partial-2").mkdir(parents=True)  # what a killed run leaves behind
@@ -108,7 +144,7 @@ def test_old_checkpoints_are_pruned_by_number(script, command, tmp_path):
     assert sorted(path.name for path in out.glob("*-*")) == ["checkpoint-10", "checkpoint-11"]
 
 
-@pytest.mark.timeout(900)  # starts six processes
+@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one_with_the_doubled_batch(command, tmp_path):
     command = [*command, f"--cache_latents={tmp_path / 'cache'}", "--max_train_steps=1", "--max_grad_norm=1e9"]
     command += ["--hole_loss_weight=8", "--checkpointing_steps=1"]
@@ -120,7 +156,7 @@ def test_two_processes_give_the_gradients_of_one_with_the_doubled_batch(command,
         ("two, live", 2, ["--train_batch_size=2"]),
     ):
         out = tmp_path / name
-        assert start("train_inpainting", [*command, f"--output_dir={out}", *options], num_processes).wait(200) == 0
+        run("train_inpainting", [*command, f"--output_dir={out}", *options], num_processes)
         gradients[name] = torch.cat([value.flatten() for value in first_gradients(out / "checkpoint-1")])
         shutil.rmtree(out)
 

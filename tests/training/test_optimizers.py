@@ -1,8 +1,18 @@
+import argparse
+import sys
+import types
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_moebius.training.optimizers import Muon, muon_parameter_groups, orthogonalize
+from diffusers_moebius.training.optimizers import (
+    Muon,
+    build_lr_scheduler,
+    build_optimizer,
+    muon_parameter_groups,
+    orthogonalize,
+)
 
 
 def test_three_steps_match_the_release(parity_dir):
@@ -67,3 +77,42 @@ def test_groups_hold_every_parameter_once(tiny_unet, tiny_lcg_embedder):
 def test_plain_parameters_are_refused():
     with pytest.raises(ValueError, match="`params`"):
         Muon([torch.nn.Parameter(torch.zeros(2, 2))])
+
+
+def test_learning_rate_drops_at_milestones_after_the_warmup():
+    args = argparse.Namespace(lr_milestones=[5, 8], lr_gamma=0.1, lr_warmup_steps=2)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = build_lr_scheduler(args, optimizer)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([1, 2, 2, 2, 2, 0.2, 0.2, 0.2, 0.02, 0.02])
+
+
+def test_8_bit_adam_is_that_of_bitsandbytes(monkeypatch):
+    args = argparse.Namespace(
+        learning_rate=0.5,
+        scale_lr=True,
+        gradient_accumulation_steps=2,
+        train_batch_size=3,
+        weight_decay=0.1,
+        adam_beta1=0.8,
+        adam_beta2=0.9,
+        adam_epsilon=1e-6,
+        optimizer="adamw",
+        use_8bit_adam=True,
+    )
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    made = []
+    optim = types.SimpleNamespace(AdamW8bit=lambda parameters, **options: made.append((parameters, options)))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=optim))
+    build_optimizer(args, {"model": model}, torch.device("cpu"), num_processes=2)
+    ((parameters, options),) = made
+    assert parameters == [model.weight]
+    assert options == {"lr": 6.0, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-6}
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"`--use_8bit_adam`.*pip install bitsandbytes"):
+        build_optimizer(args, {"model": model}, torch.device("cpu"))

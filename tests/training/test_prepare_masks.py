@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import load_script
+from runs import load_script, open_data
 from transformers import (
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -16,7 +16,7 @@ from transformers import (
     SwinConfig,
 )
 
-from diffusers_moebius.training.data import TrainingBatches, open_training_data
+from diffusers_moebius.training.data import TrainingBatches
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_masks_of_an_instance_model_train(script, mask2former, photo_dir, tmp_pa
     objects = [line for line in lines if line["category"] == "foreground"]
     assert objects and all(Image.open(out / line["mask"]).size == (48, 40) for line in objects)
     assert "1 unreadable photos skipped" in caplog.text and "03-broken.jpg" in caplog.text
-    data = open_training_data(16, ["thick_256"], 0, train_metadata=[out / "metadata.jsonl"])
+    data = open_data(16, train_metadata=[out / "metadata.jsonl"])
     batch = next(iter(TrainingBatches(data, len(lines), 0)))
     assert sorted(batch["category"].tolist()) == [0] * 12 + [1] * len(objects)
 

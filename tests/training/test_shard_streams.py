@@ -1,6 +1,7 @@
 import http.server
 import io
 import json
+import pickle
 import tarfile
 import threading
 
@@ -8,19 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import open_data, take
 
-from diffusers_moebius.training import shard_streams
-from diffusers_moebius.training.data import TrainingBatches, open_training_data
-from diffusers_moebius.training.picture_datasets import StreamedPictureDataset
-from diffusers_moebius.training.shard_streams import (
-    ReconnectingStream,
-    ShardError,
-    ShardStream,
-    StreamPosition,
-    expand_shards,
-    read_shard,
-    resolve_url,
-)
+from diffusers_moebius.training.crops import Crop, Cropper
+from diffusers_moebius.training.data import TrainingBatches
+from diffusers_moebius.training.shard_streams import ShardError, StreamedPictureDataset, read_shard
 
 
 def picture_bytes(shade, size=(24, 20)):
@@ -63,30 +56,40 @@ def shards(tmp_path):
 @pytest.fixture
 def server(shards, monkeypatch):
     """Serves the shards, with ranges, and misbehaves as `server.faults` says: one entry for each request to come."""
-    monkeypatch.setattr(shard_streams, "RETRY_DELAY", 0.001)
+    monkeypatch.setattr("datasets.config.STREAMING_READ_RETRY_INTERVAL", 0.001)
+    monkeypatch.setattr("datasets.config.STREAMING_OPEN_RETRY_INTERVAL", 0.001)
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.do_GET()
+
         def do_GET(self):
-            fault = self.server.faults.pop(0) if self.server.faults else None
+            fault = self.server.faults.pop(0) if self.server.faults and self.command == "GET" else None
             self.server.requests.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
             path = shards / self.path.lstrip("/")
-            if isinstance(fault, int) or not path.exists():
-                self.send_error(fault if isinstance(fault, int) else 404)
+            if not path.exists():
+                self.send_error(404)
                 return
             data = path.read_bytes()
-            start = 0
-            if self.headers.get("Range") and self.server.knows_ranges:
-                start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(data) - start))
+            start, end = 0, len(data)
+            if asked := self.headers.get("Range"):
+                first, last = asked.removeprefix("bytes=").split("-")
+                start, end = int(first), min(int(last or end) + 1, end)
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+            else:
+                self.send_response(200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(end - start))
             self.end_headers()
-            self.wfile.write(data[start : start + 3000] if fault == "cut" else data[start:])
+            if self.command == "GET":
+                self.wfile.write(data[start:end][:3000] if fault == "cut" else data[start:end])
 
         def log_message(self, *arguments):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.faults, server.requests, server.knows_ranges = [], [], True
+    server.faults, server.requests = [], []
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -99,95 +102,101 @@ def names(samples):
     return [sample.name.rpartition("/")[2][:2] for sample in samples]
 
 
-@pytest.mark.parametrize("knows_ranges", [True, False])
-def test_broken_connection_goes_on_where_it_broke(server, shards, knows_ranges):
-    server.knows_ranges = knows_ranges
-    server.faults = ["cut", 503, "cut"] if knows_ranges else ["cut", 503]
+def test_broken_connection_is_tried_again(server, shards):
+    server.faults = ["cut", "cut"]
     samples = list(read_shard(f"{server.url}/photos-000.tar"))
-    local = list(read_shard(str(shards / "photos-000.tar")))
-    assert [(s.picture, s.offset) for s in samples] == [(s.picture, s.offset) for s in local]
-    assert [request[1] for request in server.requests[:3]] == [None, "bytes=3000-", "bytes=3000-"]
+    assert [sample.picture for sample in samples] == [
+        sample.picture for sample in read_shard(str(shards / "photos-000.tar"))
+    ]
+    assert not server.faults
 
 
-def test_shard_that_stays_away_is_an_error_after_retries_and_one_that_is_missing_at_once(server):
-    server.faults = [500] * 20
-    with pytest.raises(ShardError, match=r"photos-000\.tar: broken at byte 0, 5 retries failed"):
-        list(read_shard(f"{server.url}/photos-000.tar"))
-    assert len(server.requests) == 6
-    server.faults = []
-    server.requests.clear()
-    with pytest.raises(ShardError, match="404"):
+def test_shard_that_is_missing_is_an_error(server):
+    with pytest.raises(ShardError, match=r"elsewhere\.tar"):
         list(read_shard(f"{server.url}/elsewhere.tar"))
-    assert len(server.requests) == 1
 
 
-def test_stream_that_begins_at_a_sample_asks_for_the_rest_only(server, shards):
-    whole = list(read_shard(str(shards / "photos-001.tar")))
-    for sample in whole:
-        rest = list(read_shard(f"{server.url}/photos-001.tar", sample.offset))
-        assert names(rest) == names(whole)[whole.index(sample) :]
-    assert server.requests[-1][1] == f"bytes={whole[-1].offset}-"
+def test_private_repository_is_read_with_the_token_of_the_hub(shards, monkeypatch):
+    """From a server that answers as the hub does, and only with the token."""
+    data = (shards / "photos-000.tar").read_bytes()
+    refused = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.headers.get("Authorization") != "Bearer hf_secret":
+                refused.append(self.path)
+                self.send_error(401)
+                return
+            body, status = data, 200
+            if "/tree/" in self.path or "/paths-info/" in self.path:
+                body = json.dumps([{"type": "file", "path": "a/000.tar", "size": len(data), "oid": "0" * 40}]).encode()
+            elif self.path.startswith("/api/"):
+                body = json.dumps({"id": "someone/private", "sha": "0" * 40, "private": True}).encode()
+            elif asked := self.headers.get("Range"):
+                first, last = asked.removeprefix("bytes=").split("-")
+                body, status = data[int(first) : int(last) + 1], 206
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = do_HEAD = answer
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        samples = list(read_shard("hf://datasets/someone/private/a/000.tar"))
+        hub.shutdown()
+    assert names(samples) == [f"0{number}" for number in range(6)] and not refused
 
 
-def test_token_goes_to_the_hub_alone(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    address, headers = resolve_url("hf://datasets/someone/photos@main/data/000.tar")
-    assert address.endswith("/datasets/someone/photos/resolve/main/data/000.tar")
-    assert headers["authorization"] == "Bearer hf_secret"
-    assert resolve_url("https://example.org/000.tar") == ("https://example.org/000.tar", {})
-    with pytest.raises(ValueError, match="owner/name"):
-        resolve_url("hf://datasets/photos.tar")
+def stream(paths, seed=0, shuffle_buffer_size=4, process_index=0, num_processes=1):
+    cropper = Cropper(16, ["thick_256"], seed)
+    return StreamedPictureDataset(list(map(str, paths)), cropper, shuffle_buffer_size, process_index, num_processes)
 
 
-def test_hub_url_is_read_with_the_token_that_a_redirect_does_not_get(server, shards, monkeypatch):
-    monkeypatch.setattr(
-        shard_streams, "resolve_url", lambda url: (f"{server.url}/photos-000.tar", {"authorization": "Bearer secret"})
-    )
-    with ReconnectingStream("hf://datasets/a/b/photos-000.tar") as stream:
-        assert stream.read() == (shards / "photos-000.tar").read_bytes()
-    assert server.requests[0][2] == "Bearer secret"
+def first_records(dataset, monkeypatch, count):
+    """The records, with their epochs, that a data set decodes first."""
+    found = []
+
+    def crop(record, epoch, num_masks):
+        found.append((epoch, record.name))
+        return Crop(torch.zeros(3, 16, 16), torch.ones(1, 1, 16, 16), 0)
+
+    monkeypatch.setattr(dataset, "crop_record", crop)
+    take(dataset, count)
+    return found
 
 
 @pytest.mark.parametrize("num_readers", [1, 2, 3, 4, 5])
-def test_each_sample_goes_to_one_reader_in_each_epoch(shards, num_readers):
-    paths = expand_shards([shards / "photos-{000..002}.tar"])
+def test_each_sample_goes_to_one_reader_in_each_epoch(shards, monkeypatch, num_readers):
+    paths = sorted(shards.glob("*.tar"))
     rounds = 2 * num_readers  # epochs in which every reader has read the same number of shards
     seen = {}
     for reader in range(num_readers):
-        stream = ShardStream(paths, 0, 4, StreamPosition(reader), num_readers)
-        ends = 0
-        for epoch, sample in stream:
-            ends += sample is None
-            if sample is not None:
-                seen.setdefault(epoch, []).append(sample.name)
-            if ends == 3 * rounds // num_readers:
-                break
+        data = stream(paths, process_index=reader, num_processes=num_readers)
+        for epoch, name in first_records(data, monkeypatch, 6 * 3 * rounds // num_readers):
+            seen.setdefault(epoch, []).append(name)
     assert sorted(seen) == list(range(rounds))
     assert all(len(found) == len(set(found)) == 18 for found in seen.values())
     assert len({tuple(found) for found in seen.values()}) > 1
 
 
-def test_blocks_are_shuffled_and_one_sample_is_no_shuffling(shards):
-    paths = [str(shards / "photos-000.tar")]
-
+def test_blocks_are_shuffled_and_one_sample_is_no_shuffling(shards, monkeypatch):
     def first_epoch(size, seed=0):
-        stream = ShardStream(paths, seed, size, StreamPosition(0), 1)
-        found = []
-        for _, sample in stream:
-            if sample is None:
-                return found
-            found.append(sample)
+        data = stream([shards / "photos-000.tar"], seed, size)
+        return [name.rpartition("/")[2][:2] for _, name in first_records(data, monkeypatch, 6)]
 
     in_order = [f"0{number}" for number in range(6)]
-    assert names(first_epoch(1)) == in_order
-    assert names(first_epoch(6)) != in_order and sorted(names(first_epoch(6))) == in_order
-    assert sorted(names(first_epoch(3))[:3]) == in_order[:3]
-    assert names(first_epoch(6)) == names(first_epoch(6)) != names(first_epoch(6, seed=1))
-
-
-def take(batches, count):
-    iterator = iter(batches)
-    return [next(iterator) for _ in range(count)]
+    assert first_epoch(1) == in_order
+    assert first_epoch(6) != in_order and sorted(first_epoch(6)) == in_order
+    assert sorted(first_epoch(3)[:3]) == in_order[:3]
+    assert first_epoch(6) == first_epoch(6) != first_epoch(6, seed=1)
 
 
 def assert_equal_batches(first, second):
@@ -198,28 +207,28 @@ def assert_equal_batches(first, second):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("with_states", [True, False])
-def test_stream_resumes_with_the_next_sample(server, num_workers, with_states):
+def test_stream_resumes_with_the_next_sample(server, num_workers):
+    """In the middle of a shard, in each of two processes with their own workers."""
+
     def batches(first_batch=0, states=None, process_index=0):
-        data = open_training_data(
+        data = open_data(
             16,
-            ["thick_256"],
-            3,
+            process_index,
+            2,
             train_shards_path_or_url=[server.url + "/photos-{000..002}.tar"],
             shuffle_buffer_size=4,
         )
         assert isinstance(data, StreamedPictureDataset)
         return TrainingBatches(data, 2, 3, first_batch, process_index, 2, num_workers, states)
 
-    whole = take(batches(), 9)  # more than the process's share of an epoch
+    whole = take(batches(process_index=1), 9)  # more than the process's share of an epoch
     for stop in (1, 4):
         states = []
         for rank in range(2):
             first = batches(process_index=rank)
             take(first, stop)
-            states.append(json.loads(json.dumps(first.state_dict())))
-        server.requests.clear()
-        resumed = batches(stop, states if with_states else None)
+            states.append(pickle.loads(pickle.dumps(first.state_dict())))
+        resumed = batches(stop, states, process_index=1)
         assert_equal_batches(take(resumed, 9 - stop), whole[stop:])
     skipped = batches()
     take(skipped, 9)
@@ -227,13 +236,12 @@ def test_stream_resumes_with_the_next_sample(server, num_workers, with_states):
 
 
 def test_masks_are_those_of_the_sample_whatever_the_number_of_workers(shards):
-    data = open_training_data(
-        16, ["thick_256"], 3, train_shards_path_or_url=[shards / "*.tar"], stream_shards=True, shuffle_buffer_size=4
-    )
+    data = open_data(16, train_shards_path_or_url=[shards / "*.tar"], stream_shards=True, shuffle_buffer_size=4)
     seen = []
     for num_workers in (0, 2):
         samples = {}
         # Two rounds of two readers: both have read epochs 0 and 1 to their end.
+        data.turn, data.given = None, 0
         for batch in take(TrainingBatches(data, 1, 3, num_workers=num_workers), 30):
             for pixels, mask in zip(batch["pixel_values"], batch["mask"]):
                 samples.setdefault(pixels.numpy().tobytes(), set()).add(mask.numpy().tobytes())
@@ -243,24 +251,21 @@ def test_masks_are_those_of_the_sample_whatever_the_number_of_workers(shards):
     assert len(first_epochs[0]) == 30 and first_epochs[0] == first_epochs[1]
 
 
-def test_other_number_of_workers_goes_on_behind_the_furthest_reader(shards, caplog):
-    data = open_training_data(16, ["thick_256"], 3, train_shards_path_or_url=[shards / "*.tar"], stream_shards=True)
+def test_other_numbers_of_readers_are_refused(shards):
+    data = open_data(16, train_shards_path_or_url=[shards / "*.tar"], stream_shards=True)
     first = TrainingBatches(data, 2, 3)
     take(first, 9)
-    state = first.state_dict()
-    resumed = TrainingBatches(data, 2, 3, 9, num_processes=2, states=[state])
-    assert [position.turn for position in resumed.positions] == [state["positions"][0][0] + 1]
-    assert "left out" in caplog.text
-    with pytest.raises(ValueError, match="`first_batch`"):
-        TrainingBatches(data, 2, 3, 8, states=[state])
+    for numbers in ({"num_processes": 2}, {"num_workers": 1}):
+        with pytest.raises(ValueError, match=r"`--dataloader_num_workers`.*\(1 processes with 0\)"):
+            TrainingBatches(data, 2, 3, 9, states=[first.state_dict()], **numbers)
 
 
 def test_lost_shard_is_reported_and_nothing_at_all_is_an_error(server, shards):
     (shards / "photos-001.tar").unlink()
-    data = open_training_data(16, ["thick_256"], 0, train_shards_path_or_url=[server.url + "/photos-{000..002}.tar"])
+    data = open_data(16, train_shards_path_or_url=[server.url + "/photos-{000..002}.tar"])
     batches = TrainingBatches(data, 5, 0)
     take(batches, 4)
-    assert any("photos-001.tar" in name and "404" in name for name in batches.skipped)
+    assert any("photos-001.tar: FileNotFoundError" in name for name in batches.skipped)
     for shard in shards.glob("*.tar"):
         write_shard(shard, [("a.jpg", b""), ("b.png", b"text")])
     with pytest.raises(ValueError, match="no readable picture"):
@@ -284,17 +289,13 @@ def test_categories_and_masks_of_shards(tmp_path):
     streamed = list(read_shard(str(tmp_path / "a.tar")))
     assert [(sample.category, sample.mask is not None) for sample in streamed] == [(1, True), (0, True), (-1, False)]
     for stream in (True, False):
-        data = open_training_data(
-            16, ["thick_256"], 0, train_shards_path_or_url=[tmp_path / "a.tar"], stream_shards=stream
-        )
+        data = open_data(16, train_shards_path_or_url=[tmp_path / "a.tar"], stream_shards=stream)
         (batch,) = take(TrainingBatches(data, 3, 0), 1)
         assert sorted(batch["category"].tolist()) == [-1, 0, 1] and batch["category"].dtype == torch.int64
     write_shard(tmp_path / "bad.tar", [("a.json", b'{"category": "sky"}'), ("a.png", picture_bytes(7))])
     for stream in (True, False):
         with pytest.raises(ValueError, match=r"`category`.*sky.*bad\.tar"):
-            data = open_training_data(
-                16, ["thick_256"], 0, train_shards_path_or_url=[tmp_path / "bad.tar"], stream_shards=stream
-            )
+            data = open_data(16, train_shards_path_or_url=[tmp_path / "bad.tar"], stream_shards=stream)
             take(TrainingBatches(data, 1, 0), 1)
 
 
@@ -307,7 +308,7 @@ def test_streamed_mask_of_another_size_is_an_error(tmp_path):
             ("a.json", b'{"category": "foreground"}'),
         ],
     )
-    data = open_training_data(16, ["thick_256"], 0, train_shards_path_or_url=[tmp_path / "a.tar"], stream_shards=True)
+    data = open_data(16, train_shards_path_or_url=[tmp_path / "a.tar"], stream_shards=True)
     with pytest.raises(ValueError, match=r"24×20, but is 20×20 in .*a\.png"):
         take(TrainingBatches(data, 1, 0), 1)
 
@@ -315,6 +316,6 @@ def test_streamed_mask_of_another_size_is_an_error(tmp_path):
 def test_masks_are_not_empty_after_cropping(tmp_path):
     members = [("a.png", picture_bytes(7)), ("a.mask.png", mask_bytes()), ("a.json", b'{"category": "foreground"}')]
     write_shard(tmp_path / "a.tar", members)
-    data = open_training_data(16, ["thick_256"], 0, train_shards_path_or_url=[tmp_path / "a.tar"], stream_shards=True)
+    data = open_data(16, train_shards_path_or_url=[tmp_path / "a.tar"], stream_shards=True)
     for batch in take(TrainingBatches(data, 1, 0), 20):
         assert np.asarray(batch["mask"]).any()

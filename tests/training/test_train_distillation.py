@@ -1,3 +1,4 @@
+import json
 import sys
 import types
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler
 from PIL import Image
-from runs import assert_equal_weights, first_gradients, load_script, read_log, start, weights
+from runs import assert_equal_weights, first_gradients, load_script, read_log, run, weights
 
 from diffusers_moebius.models.latent_categories import LatentCategoriesEmbedder
 from diffusers_moebius.models.unet_2d_pixelhacker import PixelHackerUNet2DModel
@@ -75,7 +76,8 @@ def test_a_student_is_distilled_and_its_folder_loads(script, distil, tmp_path, p
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     names = ("loss", "hole_error", "coarse", "fine", "task", "weight_fine", "weight_cross")
     assert all(float(row[name]) > 0 for row in rows for name in names)
-    assert Image.open(out / "validation-3.png").size == (2 * 64, 5 * 64)  # input, mask, teacher, student, photo
+    assert Image.open(out / "validation-3.png").size == (2 * 64, 4 * (64 + 14))  # input, teacher, student, photo
+    assert json.loads((out / "validation-3.json").read_text())["validation_hole_psnr"] > 0
     assert list((out / "logs").rglob("events.*"))
     card = (out / "README.md").read_text()
     assert "train_distillation.py" in card or "accelerate launch" in card
@@ -107,14 +109,14 @@ def test_the_teacher_matters_and_stays_as_it_was(script, distil, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.timeout(900)  # starts three processes
+@pytest.mark.slow
 def test_two_processes_balance_alike(distil, tmp_path):
     distil = [*distil, "--freeze_batch_norm", "--optimizer=adamw", "--max_train_steps=1", "--max_grad_norm=1e9"]
     gradients = []
     for num_processes in (1, 2):
         out = tmp_path / f"{num_processes}"
         options = [f"--output_dir={out}", f"--train_batch_size={4 // num_processes}"]
-        assert start("train_distillation", [*distil, *options], num_processes).wait(200) == 0
+        run("train_distillation", [*distil, *options], num_processes)
         gradients.append(torch.cat([value.flatten() for value in first_gradients(out / "checkpoint-1")]))
     assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
 
@@ -127,38 +129,60 @@ def test_the_perceptual_loss_can_be_lpips_of_decoded_latents(script, distil, tmp
     assert float(row["perceptual"]) > 0 and float(row["weight_perceptual"]) > 0
 
 
-def test_elatentlpips_takes_scaled_latents(script, distil, tmp_path, monkeypatch):
+@pytest.mark.parametrize("balance", ["paper", "release"])
+def test_elatentlpips_takes_scaled_latents_and_its_l1_term_is_the_releases(
+    script, distil, tmp_path, monkeypatch, balance
+):
     calls = []
 
     class Metric(torch.nn.Module):
-        def __init__(self, **options):
-            super().__init__()
-            calls.append(options)
+        """With the signature of the package."""
 
-        def forward(self, first, second, **options):
-            calls.append(options)
-            return (first - second).square().mean((1, 2, 3), keepdim=True)
+        def __init__(
+            self,
+            pretrained=True,
+            net="vgg16",
+            elatentlpips=True,
+            spatial=False,
+            pnet_rand=False,
+            pnet_tune=False,
+            use_dropout=True,
+            eval_mode=True,
+            verbose=True,
+            encoder="sd3",
+            augment="bg",
+        ):
+            super().__init__()
+            calls.append((encoder, augment, verbose))
+
+        def forward(self, in0, in1, retPerLayer=False, normalize=False, ensembling=True, add_l1_loss=True):
+            calls.append((retPerLayer, normalize, ensembling, add_l1_loss))
+            return (in0 - in1).square().mean((1, 2, 3), keepdim=True)
 
     monkeypatch.setitem(sys.modules, "elatentlpips", types.SimpleNamespace(ELatentLPIPS=Metric))
     out = tmp_path / "out"
-    script.main([*distil, "--perceptual_loss=elatentlpips", f"--output_dir={out}", "--max_train_steps=1"])
-    assert calls == [
-        {"encoder": "sdxl", "augment": "bg", "verbose": False},
-        {"normalize": False, "ensembling": True},
-    ]
+    options = ["--perceptual_loss=elatentlpips", f"--balance={balance}", f"--output_dir={out}"]
+    script.main([*distil, *options, "--max_train_steps=1"])
+    assert calls == [("sdxl", "bg", False), (False, False, True, balance == "release")]
     assert float(read_log(out)[0]["perceptual"]) > 0
 
 
 def test_without_its_package_the_perceptual_loss_says_how_to_leave_it_out(script, distil, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "elatentlpips", None)
-    with pytest.raises(ImportError, match=r"pip install diffusers-moebius\[perceptual\].*`--perceptual_loss none`"):
+    monkeypatch.setattr(script, "load_teacher", lambda *arguments: 1 / 0)  # said before anything is loaded
+    message = r"pip install diffusers-moebius\[perceptual\]`, whose licence.*`--perceptual_loss none`"
+    with pytest.raises(ImportError, match=message):
         script.main([*distil, "--perceptual_loss=elatentlpips", f"--output_dir={tmp_path / 'out'}"])
 
 
 def test_a_teacher_with_another_noise_schedule_is_refused(script, distil, tmp_path, vae_dir):
     other = save_teacher(tmp_path / "other", vae_dir, prediction_type="v_prediction")
+    arguments = [f"--pretrained_teacher_model_name_or_path={other}", f"--output_dir={tmp_path / 'out'}"]
     with pytest.raises(ValueError, match=r"teacher's `prediction_type` is 'v_prediction' and the student's 'epsilon'"):
-        script.main([*distil, f"--pretrained_teacher_model_name_or_path={other}", f"--output_dir={tmp_path / 'out'}"])
+        script.main([*distil, *arguments, "--prediction_type=epsilon"])
+    script.main([*distil, *arguments, "--max_train_steps=1"])  # a new student takes it over
+    saved = DDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    assert saved.config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("option", ["--losses=style", "--balance=none", "--pretrained_model_name_or_path=x"])

@@ -79,14 +79,13 @@ def test_fine_tuning_a_pipeline_from_shards_with_validation(script, tmp_path, va
             f"--output_dir={out}",
             "--validation_steps=2",
             "--num_validation_images=3",
-            "--validation_inference_steps=2",
             "--resolution=32",
             "--train_batch_size=4",
             "--max_train_steps=2",
             "--use_ema",
         ]
     )
-    assert Image.open(out / "validation-2.png").size == (3 * 32, 4 * 32)
+    assert Image.open(out / "validation-2.png").size == (3 * 32, 3 * (32 + 14))
     before, after = weights(source), weights(out)
     assert before.keys() == after.keys()
     assert not torch.equal(before["conv_out.conv_pw.weight"], after["conv_out.conv_pw.weight"])

@@ -12,6 +12,7 @@ from diffusers_moebius.models.latent_categories import LatentCategoriesEmbedder
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
+from diffusers_moebius.training.adapters import TARGET_MODULES
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -73,7 +74,7 @@ def test_adapter_of_a_run_changes_the_pipeline_that_it_was_made_for(script, comm
     script.main([*command, *validation, *run])
     assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     assert [row["step"] for row in read_log(out)] == ["2", "4"]
-    assert Image.open(out / "validation-4.png").size == (3 * 32, 5 * 32)
+    assert Image.open(out / "validation-4.png").size == (3 * 32, 4 * (32 + 14))
     assert equal(load_file(out / "checkpoint-4" / FILE), load_file(out / FILE))
     size = sum(path.stat().st_size for path in (out / "checkpoint-4").iterdir())
     assert not list((out / "checkpoint-4").glob("model*")) and size < 2e6
@@ -83,7 +84,7 @@ def test_adapter_of_a_run_changes_the_pipeline_that_it_was_made_for(script, comm
     pipeline.load_lora_weights(out)
     config = pipeline.unet.peft_config["default_0"]
     assert (config.r, config.lora_alpha) == (3, 6)
-    assert config.target_modules == {*("to_q", "to_k", "to_v", "proj_in", "proj_out"), *script.TARGET_MODULES[5:7]}
+    assert config.target_modules == {*("to_q", "to_k", "to_v", "proj_in", "proj_out"), *TARGET_MODULES[5:7]}
     assert not torch.allclose(predict(pipeline), plain, rtol=1e-3)
     pipeline.unload_lora_weights()
     assert all(torch.equal(weights[name], weight) for name, weight in pipeline.unet.state_dict().items())

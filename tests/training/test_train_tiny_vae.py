@@ -1,27 +1,17 @@
-import csv
-import importlib.util
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 from lpips_weights import make_weights
 from PIL import Image
+from runs import load_script, read_log
 from safetensors.torch import load_file, save_file
 
 from diffusers_moebius.training.checkpoints import list_checkpoints
-from diffusers_moebius.training.data import PictureReader
-
-SCRIPT = Path(__file__).parents[2] / "training" / "train_tiny_vae.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_tiny_vae", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train_tiny_vae")
 
 
 @pytest.fixture
@@ -46,7 +36,6 @@ def arguments(photo_dir, tmp_path):
         "decoder_channels": 4,
         "resolution": 64,
         "train_batch_size": 2,
-        "pool_size": 4,
         "logging_steps": 1,
         "lr_warmup_steps": 2,
     }
@@ -54,58 +43,52 @@ def arguments(photo_dir, tmp_path):
     return [text for name, value in options.items() for text in (f"--{name}", str(value))] + blocks
 
 
-def losses(tmp_path) -> np.ndarray:
-    with (tmp_path / "run" / "loss.csv").open() as file:
-        return np.array([[float(value) for value in row] for row in csv.reader(file)])
+def test_training_lowers_the_losses_and_saves_an_autoencoder(script, arguments, photo_dir, tmp_path, caplog):
+    out = tmp_path / "run"
+    validation = ["--validation_data", str(photo_dir), "--validation_steps", "40", "--num_validation_images", "3"]
+    script.main([*arguments, *validation, "--max_train_steps", "40", "--learning_rate", "1e-2"])
+    rows = read_log(out)
+    assert len(rows) == 40
+    for name in ("latent", "l1"):  # LPIPS is random here
+        values = [float(row[name]) for row in rows]
+        assert sum(values[-10:]) < 0.8 * sum(values[:10])
+    assert float(rows[-1]["lr"]) < 1e-4  # ends near zero
 
-
-def test_training_lowers_the_losses_and_saves_an_autoencoder(script, arguments, tmp_path, caplog):
-    script.main([*arguments, "--max_train_steps", "40", "--learning_rate", "1e-2", "--validation_steps", "20"])
-    log = losses(tmp_path)
-    assert log.shape == (40, 5)
-    assert (log[-10:, 1:3].mean(0) < 0.8 * log[:10, 1:3].mean(0)).all()  # latents, L1; LPIPS is random here
-    assert log[-1, 4] == 0  # the learning rate ends at zero
-
-    weights = load_file(tmp_path / "run" / "vae" / "diffusion_pytorch_model.safetensors")
+    weights = load_file(out / "vae" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
     caplog.clear()
-    vae = AutoencoderTiny.from_pretrained(tmp_path / "run" / "vae")
+    vae = AutoencoderTiny.from_pretrained(out / "vae")
     assert not caplog.records  # no warning
     assert vae.config.scaling_factor == 1.0
     with torch.no_grad():
         reconstruction = vae.decode(vae.encode(torch.zeros(1, 3, 32, 48)).latents).sample
     assert reconstruction.shape == (1, 3, 32, 48)
-    assert Image.open(tmp_path / "run" / "grid-000040.png").size == (6 * 128, 4 * 128)
+    # input, teacher, student, the teacher's latents decoded, photo
+    assert Image.open(out / "validation-40.png").size == (3 * 64, 5 * (64 + 14))
 
 
-def test_a_stopped_run_goes_on(script, arguments, tmp_path):
+def test_a_stopped_run_goes_on_to_the_same_weights(script, arguments, tmp_path):
     arguments = [*arguments, "--checkpointing_steps", "2"]
-    script.main([*arguments, "--max_train_steps", "4"])
-    script.main([*arguments, "--max_train_steps", "7", "--resume_from_checkpoint", "latest"])
-    assert losses(tmp_path)[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    whole, stopped = (["--output_dir", str(tmp_path / name)] for name in ("whole", "stopped"))
+    script.main([*arguments, *whole, "--max_train_steps", "7", "--lr_scheduler", "constant"])
+    script.main([*arguments, *stopped, "--max_train_steps", "4", "--lr_scheduler", "constant"])
+    resume = ["--resume_from_checkpoint", "latest"]
+    script.main([*arguments, *stopped, *resume, "--max_train_steps", "7", "--lr_scheduler", "constant"])
+    assert [row["step"] for row in read_log(tmp_path / "stopped")] == list("1234567")
     # Two are kept, sorted by number.
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6", "checkpoint-7"]
-    assert not list((tmp_path / "run").glob("partial-*"))
-
-
-def test_pool_keeps_the_teachers_latents_of_its_crops(script, arguments, photo_dir, tmp_path):
-    args = script.parse_args([*arguments, "--pool_reuse", "2", "--hole_probability", "1"])
-    teacher = AutoencoderTiny.from_pretrained(tmp_path / "teacher").eval()
-    pool = script.CropPool(PictureReader([photo_dir]), teacher, args, np.random.default_rng(0))
-    for _ in range(5):
-        pixels, latents = pool.batch(2, torch.device("cpu"))
-        assert len(pool.pixels) <= args.pool_size
-        with torch.no_grad():
-            torch.testing.assert_close(teacher.encode(pixels).latents, latents)
-        assert (pixels == 0).all(1).flatten(1).any(1).all()  # every crop has its grey hole
+    assert [path.name for path in list_checkpoints(tmp_path / "stopped")] == ["checkpoint-6", "checkpoint-7"]
+    assert not list((tmp_path / "stopped").glob("partial-*"))
+    first, second = (
+        load_file(tmp_path / name / "vae/diffusion_pytorch_model.safetensors") for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         (["--resolution", "60"], "--resolution"),
-        (["--pool_size", "1"], "--pool_size"),
-        (["--pool_reuse", "0"], "--pool_reuse"),
+        (["--min_crop_area", "0"], "--min_crop_area"),
     ],
 )
 def test_wrong_options_are_refused(script, arguments, capsys, option, message):
@@ -115,10 +98,10 @@ def test_wrong_options_are_refused(script, arguments, capsys, option, message):
     assert message in capsys.readouterr().err
 
 
-def test_photos_are_needed(script, capsys):
-    with pytest.raises(SystemExit):
-        script.main(["--teacher_model_name_or_path", "x", "--output_dir", "y"])
-    assert "--train_data_dir" in capsys.readouterr().err
+def test_photos_are_needed(script, arguments):
+    place = arguments.index("--train_data_dir")
+    with pytest.raises(ValueError, match="`train_data_dir`"):
+        script.main(arguments[:place] + arguments[place + 2 :])
 
 
 def test_unknown_checkpoint_is_refused(script, arguments):

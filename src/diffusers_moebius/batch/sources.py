@@ -150,13 +150,26 @@ def _read_parquet(shard: Path, mask: Path | None) -> Iterator[Item]:
     columns = [name for name in ("key", "image", "mask") if name in file.schema_arrow.names]
     rows = (row for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns) for row in batch.to_pylist())
     for number, row in enumerate(rows):
-        photo, name = _cell(row["image"], shard.parent)
-        own_mask = row.get("mask")
-        masks = [mask] if mask is not None else [] if own_mask is None else [_cell(own_mask, shard.parent)[0]]
-        key = row.get("key") or name or f"{shard.stem}-{number:06d}"
-        if PurePosixPath(key).suffix.lower() not in picture_suffixes():
-            key = f"{key}{_suffix_of(photo)}"
-        yield Item(str(key), photo, masks)
+        item = item_of_row(row, shard.parent, f"{shard.stem}-{number:06d}")
+        yield item if mask is None else item._replace(masks=[mask])
+
+
+def item_of_row(row: dict[str, Any], folder: Path, name: str) -> Item:
+    """
+    The photo of a row of a table.
+
+    Args:
+        row (`dict`): `image` and `mask`, each contents, a path, an address, or a dictionary of `bytes` and `path`; and
+            perhaps `key`.
+        folder (`Path`): Where relative paths begin.
+        name (`str`): What it is called if neither key nor path say so.
+    """
+    photo, file_name = _cell(row["image"], folder)
+    mask = row.get("mask")
+    key = row.get("key") or file_name or name
+    if PurePosixPath(key).suffix.lower() not in picture_suffixes():
+        key = f"{key}{_suffix_of(photo)}"
+    return Item(str(key), photo, [] if mask is None else [_cell(mask, folder)[0]])
 
 
 def _cell(value: Any, folder: Path) -> tuple[Path | bytes | str, str | None]:

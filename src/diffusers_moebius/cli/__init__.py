@@ -8,13 +8,16 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from .batch import batch
 from .convert import convert
 from .demo import demo
+from .export import export
 from .info import info
 from .inpaint import inpaint
 from .messages import note, one_line
 from .push import push
 from .space import space
+from .study import study
 
 app = typer.Typer(
     name="moebius",
@@ -23,8 +26,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inpaint, convert, info, demo, push):
+for command in (inpaint, batch, convert, export, info, demo, push):
     app.command()(command)
+app.add_typer(study, name="study")
 app.add_typer(space)
 
 

@@ -67,7 +67,9 @@ def is_bundled(model: str) -> bool:
     return model == DEFAULT_MODEL and not os.path.isdir(model)
 
 
-def load_pipeline(model: str, checkpoint: str | None, device: str, dtype: DType) -> "MoebiusInpaintPipeline":
+def load_pipeline(
+    model: str, checkpoint: str | None, device: str, dtype: DType, vae: str | None = None
+) -> "MoebiusInpaintPipeline":
     import diffusers
     import torch
 
@@ -78,9 +80,13 @@ def load_pipeline(model: str, checkpoint: str | None, device: str, dtype: DType)
         torch_dtype = torch.float16 if torch_device.type == "cuda" else torch.float32
     else:
         torch_dtype = getattr(torch, dtype.value)
+    if Path(model, "unet", "model.onnx").is_file():
+        from ..export import load_onnx_pipeline
+
+        return load_onnx_pipeline(model)
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipeline = MoebiusInpaintPipeline.from_pretrained(model, checkpoint=checkpoint, dtype=torch_dtype)
+        pipeline = MoebiusInpaintPipeline.from_pretrained(model, checkpoint=checkpoint, vae=vae, dtype=torch_dtype)
     except Exception as error:  # Broken weights, an unreachable hub and an odd config all raise errors of their own.
         raise ValueError(f"The model {model} cannot be loaded: {error}") from error
     finally:

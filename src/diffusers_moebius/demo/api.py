@@ -29,6 +29,7 @@ def add_api(demo: Demo) -> None:
         surroundings: float = DEFAULT_CONTEXT,
         color_compensation: bool = False,
         file_format: str = "PNG",
+        detail: str = "auto",
     ) -> tuple[str, dict]:
         """
         Removes what a mask marks from a photo. `mask` is a picture of the photo's size, white where it is filled.
@@ -50,7 +51,7 @@ def add_api(demo: Demo) -> None:
             values = demo.grow(values, edge_margin)
             name = model or demo.shelf.default
             source = demo.shelf.resolve(name) if name in demo.shelf.sources else demo.shelf.resolve(OWN, name)
-            settings = demo.settings(source, values, steps, guidance, seed, surroundings, color_compensation)
+            settings = demo.settings(source, values, steps, guidance, seed, surroundings, color_compensation, detail)
             demo.shelf.get(source)
             outputs = generate(source, opened.image, values, opened.view(), settings, str(folder / "stop"))
             result = next(output for output in outputs if isinstance(output, Image.Image))
@@ -74,6 +75,7 @@ def add_api(demo: Demo) -> None:
             gr.Number(DEFAULT_CONTEXT, label="surroundings (percent of the mask)"),
             gr.Checkbox(False, label="match colours"),
             gr.Textbox("PNG", label="file format (PNG or JPEG)"),
+            gr.Textbox("auto", label="texture from the photo (auto, patches or none)"),
         ]
         outputs = [gr.File(label="result"), gr.JSON(label="settings")]
         gr.Button("API").click(

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_CONTEXT = 50
 MAX_STEPS = 100
 MAX_CANDIDATES = 4
+DETAILS = {"The model's own choice": "auto", "From the photo": "patches", "None": "none"}
 
 
 @contextlib.contextmanager
@@ -87,8 +88,10 @@ class Demo:
             "mask": None if mask is None else mask_url(scale_mask(mask, view.size)),
         }
 
-    def settings(self, source, mask, steps, guidance, seed, context, color_compensation) -> Settings:
+    def settings(self, source, mask, steps, guidance, seed, context, color_compensation, detail="auto") -> Settings:
         """Settings of a run, checked. Loads the model if need be."""
+        if detail not in DETAILS.values():
+            raise VisitorError(f"detail must be one of {', '.join(DETAILS.values())}, but is {detail!r}.")
         if guidance is not None:
             guidance = checked("guidance", guidance, 0, 20, whole=False)
         if steps is None:
@@ -99,6 +102,7 @@ class Demo:
             checked("seed", seed, 0, 2**32 - 1),
             context_pixels(mask, checked("surroundings", context, 0, 400)),
             bool(color_compensation),
+            detail,
         )
 
     def grow(self, mask: np.ndarray, pixels: float) -> np.ndarray:
@@ -221,6 +225,7 @@ class Demo:
             "edge_margin": int(edge_margin),
             "surroundings_px": settings.context,
             "color_compensation": settings.color_compensation,
+            "detail": settings.detail,
         }
 
     def command(self, model: str, source: tuple[str, str | None], description: dict) -> str:
@@ -236,4 +241,6 @@ class Demo:
         parts.append(f"--mask-dilation {description['edge_margin']}")
         if description["color_compensation"]:
             parts.append("--color-compensation")
+        if description["detail"] != "auto":
+            parts.append(f"--detail {description['detail']}")
         return " ".join(parts)

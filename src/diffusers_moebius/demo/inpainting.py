@@ -40,6 +40,7 @@ class Settings:
         seed (`int`): Seed.
         context (`int`): Pixels around the mask that the model sees.
         color_compensation (`bool`): Match the filling's colours to those around it.
+        detail (`str`): Texture from the photo: `"auto"`, `"patches"`, `"enlarged"` or `"none"`.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class Settings:
     seed: int
     context: int
     color_compensation: bool
+    detail: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def generate(
                 guidance_scale=settings.guidance,
                 padding_mask_crop=settings.context,
                 color_compensation=settings.color_compensation,
+                detail=None if settings.detail == "none" else settings.detail,
                 generator=generator,
                 callback_on_step_end=on_step_end,
                 callback_on_step_end_tensor_inputs=["latents", "masked_image_latents"],

@@ -10,7 +10,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from .api import add_api
-from .handlers import DEFAULT_CONTEXT, MAX_CANDIDATES, MAX_STEPS, Demo, friendly, parse_number
+from .handlers import DEFAULT_CONTEXT, DETAILS, MAX_CANDIDATES, MAX_STEPS, Demo, friendly, parse_number
 from .models import FULL, FULL_GIGABYTES, NANO, OWN
 from .photos import MAX_FILE_MEGABYTES, MAX_MEGAPIXELS, VisitorError, open_photo, picture_url
 from .selection import SelectionUnavailable
@@ -159,7 +159,9 @@ class Page:
                 label="Edge margin (0 to 200 pixels)", placeholder="4 for each 512 pixels of the photo", max_lines=1
             )
             self.context = gr.Slider(0, 400, value=DEFAULT_CONTEXT, step=5, label="Surroundings seen (% of the mask)")
-        self.compensate = gr.Checkbox(False, label="Match the filling's colours to those around it")
+        with gr.Row():
+            self.detail = gr.Radio(list(DETAILS.items()), value="auto", label="Texture", elem_id="detail")
+            self.compensate = gr.Checkbox(False, label="Match the filling's colours to those around it")
 
     # --- what happens
 
@@ -181,7 +183,7 @@ class Page:
 
         buttons = [self.remove, self.stop]
         options = [self.model, self.own, self.steps, self.guidance, self.seed, self.new_seed, self.count]
-        options += [self.margin, self.context, self.compensate]
+        options += [self.margin, self.context, self.compensate, self.detail]
         shown = [self.status, self.editor, self.result_part, self.small_part, self.used, self.seed, self.download]
         running = self.remove.click(self._wait, None, [*buttons, self.editor, self.status], **DIRECT).then(
             self._run,
@@ -269,7 +271,9 @@ class Page:
             self.status: status_text("Waiting for a free place…"),
         }
 
-    def _run(self, session, marked, model, own, steps, guidance, seed, is_new, count, margin, context, compensate):
+    def _run(
+        self, session, marked, model, own, steps, guidance, seed, is_new, count, margin, context, compensate, detail
+    ):
         stop_flag = None
         try:
             with friendly():
@@ -287,6 +291,7 @@ class Page:
                     guidance=parse_number("guidance", guidance),
                     context=context,
                     color_compensation=compensate,
+                    detail=detail,
                 ):
                     stop_flag = session.stop_flag
                     if kind == "done":

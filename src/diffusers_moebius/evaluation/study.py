@@ -11,7 +11,7 @@ import random
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -50,6 +50,37 @@ class Answer:
 def key_path(folder: Path) -> Path:
     """Where it stands which picture is whose: beside the folder."""
     return folder.with_name(f"{folder.name}-key.json")
+
+
+def photos_of(
+    folder: str | Path, limit: int | None = None, seed: int = 0
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """
+    The photos `NAME.jpg` (or .png, .webp) of a folder with their masks `NAME.mask.png`, as [`make_study`] takes them.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        limit (`int`, *optional*): How many, drawn by the seed; all by default.
+        seed (`int`, defaults to 0): Seed of the draw.
+
+    Raises:
+        ValueError: If there are none, or a mask has another size than its photo.
+    """
+    masks = sorted(Path(folder).glob("*.mask.png"))
+    if limit is not None and limit < len(masks):
+        masks = sorted(random.Random(seed).sample(masks, limit))
+    if not masks:
+        raise ValueError(f"`photos` must hold photos NAME.jpg with masks NAME.mask.png, but {folder} holds none.")
+    for path in masks:
+        name = path.name.removesuffix(".mask.png")
+        files = [path.with_name(f"{name}{suffix}") for suffix in (".jpg", ".jpeg", ".png", ".webp")]
+        photo = next((file for file in files if file.is_file()), None)
+        if photo is None:
+            raise ValueError(f"`photos`: there is no photo for the mask {path}.")
+        with Image.open(photo) as image, Image.open(path) as mask:
+            if image.size != mask.size:
+                raise ValueError(f"`photos`: {path} is {mask.size} px, but its photo {image.size} px.")
+            yield name, np.asarray(image.convert("RGB")), np.asarray(mask.convert("L")) >= 128
 
 
 def make_study(

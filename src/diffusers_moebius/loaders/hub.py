@@ -268,6 +268,10 @@ class MoebiusLoaderMixin:
                 f"`checkpoint` must name a folder with a pipeline in {source.location}, or not be given to load the"
                 f" pipeline that this is itself, but is {checkpoint!r}."
             )
+        if in_root and "unet/model.onnx" in source.files:
+            raise ValueError(
+                f"{source.location} holds ONNX graphs: load them with `diffusers_moebius.export.load_onnx_pipeline`."
+            )
         if not in_root and not in_folder:
             return cls._from_release(source, folder, vae, config, **kwargs)
 

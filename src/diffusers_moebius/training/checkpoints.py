@@ -24,7 +24,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
 
     Args:
         output_dir (`Path`): Folder of the run.
-        resume_from_checkpoint (`str`): A folder, or `"latest"`.
+        resume_from_checkpoint (`str`): A folder, the name of one in `output_dir`, or `"latest"`.
 
     Returns:
         `Path`, or `None` if the latest is asked for and there is none.
@@ -37,7 +37,12 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
         return found[-1] if found else None
     folder = Path(resume_from_checkpoint)
     if not folder.is_dir():
-        raise ValueError(f"`resume_from_checkpoint` must be a folder or `latest`, but {str(folder)!r} is neither.")
+        folder = output_dir / resume_from_checkpoint  # a bare name, as diffusers' examples take it
+    if not folder.is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint` must be a folder or `latest`, but {resume_from_checkpoint!r} is neither, nor is"
+            f" there one of that name in {str(output_dir)!r}."
+        )
     checkpoint_step(folder)
     return folder
 

@@ -1,133 +1,49 @@
 """Training data: opens any source, and makes batches whose order can be resumed."""
 
+import argparse
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from .picture_datasets import PictureDataset, StreamedPictureDataset
-from .picture_sources import PictureReader, is_url, load_hub_table
-from .shard_streams import StreamPosition, expand_shards
+from .crops import CROP_SCALE, Cropper, PictureDataset
+from .latent_cache import LatentCacheDataset, build_latent_cache
+from .picture_sources import PictureReader, expand_shards, is_url, load_hub_table
+from .shard_streams import StreamedPictureDataset
 
 logger = logging.getLogger(__name__)
 
 
-class ResumableBatchSampler(torch.utils.data.Sampler):
+def index_batches(
+    num_samples: int, batch_size: int, seed: int, first_batch: int = 0, process_index: int = 0, num_processes: int = 1
+) -> Iterator[list[int]]:
     """
-    Shuffled batches of indices without end.
+    Shuffled batches of indices without end, dealt out to the processes in turn.
 
-    Batch `i` depends on `seed` and `i` alone, so that a resumed run goes on exactly where it stopped.
-    Indices grow by `num_samples` with every epoch, which tells the data set which epoch it is.
-
-    Args:
-        num_samples (`int`): Samples of an epoch; the remainder that fills no batch is left out.
-        batch_size (`int`): Samples in a batch of one process.
-        seed (`int`): Seed of the order.
-        first_batch (`int`, defaults to 0): Number of batches of this process to leave out at the start.
-        process_index (`int`, defaults to 0): Rank of this process; batches are dealt out in turn.
-        num_processes (`int`, defaults to 1): Number of processes.
+    Batch `i` depends on `seed` and `i` alone, so that a resumed run goes on exactly where it stopped. Indices grow by
+    `num_samples` with every epoch, which tells the data set which epoch it is; the remainder of an epoch that fills no
+    batch is left out.
     """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        first_batch: int = 0,
-        process_index: int = 0,
-        num_processes: int = 1,
-    ):
-        if batch_size < 1 or batch_size > num_samples:
-            raise ValueError(
-                f"`batch_size` must be from 1 to the number of samples {num_samples}, but is {batch_size}."
-            )
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.first_batch, self.process_index, self.num_processes = first_batch, process_index, num_processes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.num_samples // self.batch_size
-        batch = self.first_batch * self.num_processes + self.process_index
-        order_epoch = order = None
-        while True:
-            epoch, position = divmod(batch, per_epoch)
-            if epoch != order_epoch:
-                generator = torch.Generator().manual_seed(self.seed + epoch)
-                order, order_epoch = torch.randperm(self.num_samples, generator=generator), epoch
-            indices = order[position * self.batch_size : (position + 1) * self.batch_size]
-            yield (indices + epoch * self.num_samples).tolist()
-            batch += self.num_processes
+    per_epoch = num_samples // batch_size
+    batch = first_batch * num_processes + process_index
+    order_epoch = order = None
+    while True:
+        epoch, position = divmod(batch, per_epoch)
+        if epoch != order_epoch:
+            order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + epoch))
+            order_epoch = epoch
+        yield (order[position * batch_size : (position + 1) * batch_size] + epoch * num_samples).tolist()
+        batch += num_processes
 
 
-def _collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
-def _unchanged(value):
-    return value
-
-
-class _ReaderBatches(torch.utils.data.IterableDataset):
-    """The batches that one worker makes, with the names of what was skipped and where its reader is then."""
-
-    def __init__(self, owner: "TrainingBatches"):
-        self.dataset, self.batch_size, self.seed = owner.dataset, owner.batch_size, owner.seed
-        self.first_batch, self.process_index, self.num_processes = (
-            owner.first_batch,
-            owner.process_index,
-            owner.num_processes,
-        )
-        self.positions = list(owner.positions)
-        self.known = owner.known_position
-
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], list[str], int, StreamPosition | None]]:
-        worker = torch.utils.data.get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        if isinstance(self.dataset, StreamedPictureDataset):
-            yield from self._from_stream(number, count)
-        else:
-            yield from self._from_indices(number, count)
-
-    def _from_indices(self, worker: int, num_workers: int):
-        sampler = ResumableBatchSampler(
-            len(self.dataset),
-            self.batch_size,
-            self.seed,
-            self.first_batch,
-            self.process_index,
-            self.num_processes,
-        )
-        for number, indices in enumerate(sampler):
-            if number % num_workers != worker:
-                continue
-            if isinstance(self.dataset, PictureDataset):
-                pairs = [self.dataset.sample(index) for index in indices]
-                yield (
-                    _collate([sample for sample, _ in pairs]),
-                    [name for _, names in pairs for name in names],
-                    0,
-                    None,
-                )
-            else:
-                yield _collate([self.dataset[index] for index in indices]), [], 0, None
-
-    def _from_stream(self, worker: int, num_workers: int):
-        # The loader asks worker 0 first, whichever reader is due.
-        reader = (worker + self.first_batch) % num_workers
-        # Without a stored position the reader reads again, and drops, what it has given out before.
-        batches_to_drop = 0 if self.known else len(range(reader, self.first_batch, num_workers))
-        samples, skipped = [], []
-        stream = self.dataset.samples(self.positions[reader], self.num_processes * num_workers)
-        for sample, names, position in stream:
-            samples.append(sample)
-            skipped += names
-            if len(samples) == self.batch_size:
-                if batches_to_drop:
-                    batches_to_drop -= 1
-                else:
-                    yield _collate(samples), skipped, reader, position
-                samples, skipped = [], []
+def _collate(samples: list[dict]) -> dict:
+    skipped = [name for sample in samples for name in sample.pop("skipped", [])]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]} | {"skipped": skipped}
 
 
 class TrainingBatches:
@@ -138,24 +54,21 @@ class TrainingBatches:
     `latents`, `masked_latents` `[B, C, h, w]` and `mask`; and `category` `[B]` (int64: 0 background, 1 foreground, -1
     for the script to draw).
 
-    Batch `i` depends on the seed and `i` alone, whatever the number of workers is. From a stream it depends on the
-    numbers of processes and workers too; [`state_dict`] says where its readers are, and with the states of all
-    processes a run goes on with the very next sample (as long as no connection failed for good in either run). Without
-    states a stream is read again from its start up to there. With states of other numbers of processes or workers it
-    goes on behind the furthest reader, and what the others had not read in that epoch is left out.
-
     Args:
-        dataset ([`PictureDataset`], [`StreamedPictureDataset`] or [`LatentCacheDataset`]): The samples.
+        dataset ([`PictureDataset`], [`LatentCacheDataset`] or [`StreamedPictureDataset`]): The samples.
         batch_size (`int`): Samples in a batch of one process.
         seed (`int`): Seed of the order.
-        first_batch (`int`, defaults to 0): Number of the first batch.
+        first_batch (`int`, defaults to 0): Number of the first batch; of a stream, `states` decide.
         process_index (`int`, defaults to 0): Rank of this process.
         num_processes (`int`, defaults to 1): Number of processes.
-        num_workers (`int`, defaults to 0): Worker processes that prepare batches; 0 prepares them in this one.
-        states (sequence of `dict`, *optional*): What [`state_dict`] gave in each process, in the order of their ranks.
+        num_workers (`int`, defaults to 0): Processes that read for this one.
+        states (`list` of one each process, *optional*): What `state_dict` was after `first_batch` batches.
 
     Attributes:
-        skipped (`dict[str, int]`): What this process could not read and how many times it came by.
+        skipped (`dict[str, int]`): Names of what could not be read, with how often that was met.
+
+    Raises:
+        ValueError: If there are fewer samples than a batch has, or `states` of a stream do not fit.
     """
 
     def __init__(
@@ -167,93 +80,63 @@ class TrainingBatches:
         process_index: int = 0,
         num_processes: int = 1,
         num_workers: int = 0,
-        states: Sequence[dict] | None = None,
+        states: list | None = None,
     ):
-        self.dataset, self.batch_size, self.seed, self.first_batch = dataset, batch_size, seed, first_batch
-        self.process_index, self.num_processes, self.num_workers = process_index, num_processes, num_workers
         self.skipped: dict[str, int] = {}
-        self.next_batch = first_batch
-        readers = max(1, num_workers)
-        self.known_position = bool(states) and bool(states[0]["positions"])
-        self.positions: list[StreamPosition] = []
-        if isinstance(dataset, StreamedPictureDataset):
-            self.positions = [StreamPosition(process_index * readers + reader) for reader in range(readers)]
-            if self.known_position:
-                self._restore(states)
-        elif batch_size < 1 or batch_size > len(dataset):
-            raise ValueError(
-                f"`batch_size` must be from 1 to the number of samples {len(dataset)}, but is {batch_size}."
-            )
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
-
-    def _restore(self, states: Sequence[dict]) -> None:
-        if [len(state["positions"]) for state in states] == [len(self.positions)] * self.num_processes:
-            state = states[self.process_index]
-            if state["next_batch"] != self.first_batch:
+        options = {
+            "num_workers": num_workers,
+            "collate_fn": _collate,
+            "pin_memory": torch.cuda.is_available(),
+            "generator": torch.Generator(),  # the loader draws a seed: leave the run's own generator alone
+        }
+        if not isinstance(dataset, IterableDataset):
+            if batch_size > len(dataset):
                 raise ValueError(
-                    f"`states` are those of batch {state['next_batch']}, but `first_batch` is {self.first_batch}."
+                    f"`--train_batch_size` must be at most the number of samples, {len(dataset)}, but is {batch_size}."
                 )
-            self.positions = [StreamPosition(*position) for position in state["positions"]]
+            batches = index_batches(len(dataset), batch_size, seed, first_batch, process_index, num_processes)
+            self.loader = DataLoader(dataset, batch_sampler=batches, **options)
             return
-        logger.warning("Other numbers of processes or workers: the rest of this round of shards is left out.")
-        furthest = max(turn for state in states for turn, _, _ in state["positions"])
-        for position in self.positions:
-            position.turn += furthest + 1
+        from torchdata.stateful_dataloader import StatefulDataLoader
 
-    def state_dict(self) -> dict:
-        """Where this process is, as plain numbers: behind the last batch that was given out."""
-        return {"next_batch": self.next_batch, "positions": [list(astuple(position)) for position in self.positions]}
+        self.loader = StatefulDataLoader(dataset, batch_size, **options)
+        if not first_batch:
+            return
+        if states is None or [state["workers"] for state in states] != [num_workers] * num_processes:
+            saved = "" if states is None else f"{len(states)} processes with {states[0]['workers']}"
+            raise ValueError(
+                "A run on a stream goes on with the `--dataloader_num_workers` and the number of processes that it had"
+                f" ({saved or 'unknown'}), but there are {num_processes} with {num_workers}."
+            )
+        self.loader.load_state_dict(states[process_index]["loader"])
+
+    def state_dict(self) -> dict | None:
+        """Where this process is in a stream; `None` where the number of batches says it."""
+        if not hasattr(self.loader, "state_dict"):
+            return None
+        return {"workers": self.loader.num_workers, "loader": self.loader.state_dict()}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        loader = torch.utils.data.DataLoader(
-            _ReaderBatches(self),
-            batch_size=None,
-            num_workers=self.num_workers,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the loader draws a seed: leave the run's own generator alone
-        )
-        for batch, skipped, reader, position in loader:
-            for name in skipped:
+        for batch in self.loader:
+            for name in batch.pop("skipped"):
                 self.skipped[name] = self.skipped.get(name, 0) + 1
-            self.next_batch += 1
-            if position is not None:
-                self.positions[reader] = position
             yield batch
 
 
-def open_training_data(
-    resolution: int,
-    mask_presets: Sequence[str],
-    seed: int,
-    train_data_dir: Sequence[str | Path] | None = None,
-    train_shards_path_or_url: Sequence[str | Path] | None = None,
-    train_metadata: Sequence[str | Path] | None = None,
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    dataset_split: str = "train",
-    image_column: str = "image",
-    stream_shards: bool = False,
-    shuffle_buffer_size: int = 1000,
+def open_pictures(
+    args: argparse.Namespace,
+    process_index: int = 0,
+    num_processes: int = 1,
+    crop_scale: tuple[float, float] = CROP_SCALE,
 ) -> PictureDataset | StreamedPictureDataset:
     """
     Opens the pictures to train on.
 
     Args:
-        resolution (`int`): Side of a crop in pixels.
-        mask_presets (sequence of `str`): Names of `MASK_PRESETS`.
-        seed (`int`): Seed of crops and holes.
-        train_data_dir (sequence of `str`, *optional*): Folders of pictures.
-        train_shards_path_or_url (sequence of `str`, *optional*): Tar shards, also as patterns with braces or, of local
-            ones, `*`. `http(s)://` and `hf://` URLs are streamed.
-        train_metadata (sequence of `str`, *optional*): Files of JSON lines, see [`read_metadata`].
-        dataset_name (`str`, *optional*): A data set of the hub or a folder that `datasets` can load.
-        dataset_config_name (`str`, *optional*): Its configuration.
-        dataset_split (`str`, defaults to `"train"`): Its split.
-        image_column (`str`, defaults to `"image"`): Its column of pictures.
-        stream_shards (`bool`, defaults to `False`): Stream local shards too, instead of indexing them first.
-        shuffle_buffer_size (`int`, defaults to 1000): Samples that each reader of a stream shuffles.
+        args: See `add_picture_arguments`.
+        process_index (`int`, defaults to 0): Rank of this process.
+        num_processes (`int`, defaults to 1): Number of processes.
+        crop_scale (`tuple[float, float]`, defaults to `(0.35, 1.0)`): See [`random_box`].
 
     Returns:
         [`StreamedPictureDataset`] if a URL is among the shards or `stream_shards` is set, else [`PictureDataset`].
@@ -262,22 +145,68 @@ def open_training_data(
         ValueError: If no source is given, one does not exist, or a stream is to be mixed with other sources.
     """
     folders, shards, metadata = (
-        [*(source or [])] for source in (train_data_dir, train_shards_path_or_url, train_metadata)
+        [*(source or [])] for source in (args.train_data_dir, args.train_shards_path_or_url, args.train_metadata)
     )
-    if not (folders or shards or metadata or dataset_name):
+    others = folders or metadata or args.dataset_name
+    if not (others or shards):
         raise ValueError(
             "One of `train_data_dir`, `train_shards_path_or_url`, `train_metadata` and `dataset_name` must be given."
         )
-    if any(is_url(shard) for shard in shards) or (shards and stream_shards):
-        if folders or metadata or dataset_name:
+    cropper = Cropper(args.resolution, tuple(args.mask_presets), args.seed, args.random_flip, crop_scale)
+    if any(is_url(shard) for shard in shards) or (shards and args.stream_shards):
+        if others or args.max_train_samples:
             raise ValueError(
-                "Streamed `train_shards_path_or_url` cannot be mixed with `train_data_dir`, `train_metadata` or"
-                " `dataset_name`."
+                "Streamed `train_shards_path_or_url` cannot be mixed with `train_data_dir`, `train_metadata`,"
+                " `dataset_name` or `max_train_samples`."
             )
-        return StreamedPictureDataset(expand_shards(shards), resolution, mask_presets, seed, shuffle_buffer_size)
+        shards = [path for shard in shards for path in expand_shards(shard)]
+        return StreamedPictureDataset(shards, cropper, args.shuffle_buffer_size, process_index, num_processes)
     for folder in folders:
         if not Path(folder).is_dir():
             raise ValueError(f"`train_data_dir` must be folders, but {str(folder)!r} is none.")
-    table = load_hub_table(dataset_name, dataset_config_name, dataset_split, image_column) if dataset_name else None
-    reader = PictureReader([*folders, *shards], metadata, table, image_column)
-    return PictureDataset(reader, resolution, mask_presets, seed)
+    table = None
+    if args.dataset_name:
+        table = load_hub_table(args.dataset_name, args.dataset_config_name, args.dataset_split, args.image_column)
+    reader = PictureReader([*folders, *shards], metadata, table, args.image_column, args.max_train_samples)
+    return PictureDataset(reader, cropper)
+
+
+def build_dataset(args: argparse.Namespace, vae: nn.Module, accelerator: Accelerator):
+    """
+    The training data that the arguments name; fills the latent cache first if one is asked for.
+
+    `--num_train_epochs` is turned into `max_train_steps`.
+    """
+    place = accelerator.process_index, accelerator.num_processes
+    sources = (args.train_data_dir, args.train_shards_path_or_url, args.train_metadata, args.dataset_name)
+    dataset = None
+    if args.cache_latents is None or any(sources):
+        dataset = open_pictures(args, *place)
+    if args.cache_latents is not None:
+        if dataset is not None:
+            build_latent_cache(
+                vae, dataset, args.cache_latents, args.cache_masks_per_picture, args.cache_crops_per_picture, *place
+            )
+            accelerator.wait_for_everyone()
+        dataset = LatentCacheDataset(args.cache_latents, args.max_train_samples)
+    if args.num_train_epochs is not None:
+        set_train_steps(args, dataset, accelerator.num_processes)
+    return dataset
+
+
+def set_train_steps(args: argparse.Namespace, dataset, num_processes: int) -> None:
+    """Sets `max_train_steps` to that of `--num_train_epochs` passes through the data."""
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "`--num_train_epochs` needs data of known length, which a stream is not: `--max_train_steps`."
+        )
+    batches = args.num_train_epochs * (len(dataset) // args.train_batch_size)
+    args.max_train_steps = max(1, math.ceil(batches / num_processes / args.gradient_accumulation_steps))
+
+
+def describe_dataset(args: argparse.Namespace, dataset) -> str:
+    """What a run was trained on, for its log and its model card: the number of samples and where they are from."""
+    names = [*(args.train_data_dir or []), *(args.train_shards_path_or_url or []), *(args.train_metadata or [])]
+    names = [Path(name).name for name in names] + ([args.dataset_name] if args.dataset_name else [])
+    size = f"{len(dataset):,} samples" if hasattr(dataset, "__len__") else "a stream of samples"
+    return f"{size} from {', '.join(names)}" if names else size

@@ -70,6 +70,13 @@ def distillation_losses(
     return losses
 
 
+def shortened(loss: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """A loss of the same value and gradient, whose graph leads from `output` by one product; its own is freed."""
+    (gradient,) = torch.autograd.grad(loss, output)
+    product = (gradient * output).sum()
+    return loss.detach() + product - product.detach()
+
+
 @dataclass
 class BalancedLoss:
     """
@@ -132,13 +139,6 @@ class AdaptiveBalance:
         head = unet.conv_out.conv_pw if hasattr(unet.conv_out, "conv_pw") else unet.conv_out
         return cls(head.weight, projection.weight, mode, reduce)
 
-    @staticmethod
-    def _shortened(loss: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """A loss of the same value and gradient whose graph leads from `output` by one product."""
-        (gradient,) = torch.autograd.grad(loss, output)
-        product = (gradient * output).sum()
-        return loss.detach() + product - product.detach()
-
     def _gradient_norm(self, loss: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
         (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True)
         return self.reduce(gradient.detach()).float().norm()
@@ -158,9 +158,7 @@ class AdaptiveBalance:
         if not losses:
             raise ValueError("`losses` is empty; at least one loss is needed.")
         if output is not None:
-            losses = {
-                name: loss if name == "coarse" else self._shortened(loss, output) for name, loss in losses.items()
-            }
+            losses = {name: loss if name == "coarse" else shortened(loss, output) for name, loss in losses.items()}
         release = self.mode == "release"
         factors = RELEASE_FACTORS if release else dict.fromkeys(RELEASE_FACTORS, 1.0)
         result = BalancedLoss(total=torch.zeros(()))

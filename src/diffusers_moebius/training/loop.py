@@ -16,11 +16,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
 from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo
 from torch import nn
 from tqdm.auto import tqdm
 
+from .batch_norm import set_train_mode
 from .checkpoints import checkpoint_step, complete_checkpoint, find_checkpoint, partial_checkpoint
-from .components import set_train_mode
 from .data import TrainingBatches
 from .objective import sample_generators
 
@@ -37,14 +38,23 @@ class TrainingLoop:
 
     ```py
     loop = TrainingLoop(args, "my-project")
-    model = loop.prepare(model, optimizer, lr_scheduler)
+    model, optimizer, lr_scheduler = loop.prepare(model, optimizer, lr_scheduler, save_parts)
     for batch, generators in loop.batches(dataset):
         with loop.accumulate():
             loss = ...
-            loop.optimize(loss, {"loss": loss})
+            if loop.is_finite(loss):
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(loop.trained_parameters, args.max_grad_norm)
+                    if loop.may_step(norm):
+                        optimizer.step()
+        loop.end_batch({"loss": loss})
         if loop.is_due(args.validation_steps):
             ...
     ```
+
+    What is the same for all scripts is here: batches and their randomness, learning rate, average of the weights,
+    logs, checkpoints, signals.
 
     A step whose loss or gradient is not finite in any process is skipped in all of them: the weights, their average
     and BatchNorm's statistics stay as they were. After ten of them in a row the run ends with a checkpoint of that
@@ -61,6 +71,7 @@ class TrainingLoop:
         step (`int`): Optimiser steps done, skipped ones included.
         skipped (`int`): Steps skipped.
         finished (`bool`): Whether all steps are done.
+        upcoming (iterator): After [`~TrainingLoop.batches`], the batches that would have come next.
     """
 
     def __init__(self, args: argparse.Namespace, project: str):
@@ -76,6 +87,7 @@ class TrainingLoop:
             ),
             step_scheduler_with_optimizer=False,
         )
+        args.mixed_precision = self.accelerator.mixed_precision
         if args.allow_tf32:
             torch.set_float32_matmul_precision("high")
         set_seed(args.seed)
@@ -89,11 +101,13 @@ class TrainingLoop:
                 f"The weights must be whole in every process, but accelerate is set to"
                 f" {self.accelerator.distributed_type.value}: choose data parallelism (`accelerate config`)."
             )
+        if args.push_to_hub and self.is_main:  # a wrong name or token is known before the run, not after it
+            self.repo_id = create_repo(self.run_name, private=args.hub_private, exist_ok=True).repo_id
         self.step = self.skipped = self._skipped_in_row = 0
         self.stop_requested = False
         self.ema: EMAModel | None = None
         self._data_states: list[dict] | None = None
-        self._broken = False
+        self._broken = self._stop_agreed = False
         self._sums: dict[str, float] = {}
         self._counts = 0
 
@@ -102,12 +116,15 @@ class TrainingLoop:
         return self.accelerator.is_main_process
 
     @property
+    def run_name(self) -> str:
+        """The repository that the result is for, or the name of the folder."""
+        return self.args.hub_model_id or self.output_dir.resolve().name
+
+    @property
     def finished(self) -> bool:
         return self.step >= self.args.max_train_steps
 
-    def prepare(
-        self, model: nn.Module, optimizer, lr_scheduler, save_parts: Callable[[nn.Module, Path], None]
-    ) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizer, lr_scheduler, save_parts: Callable[[nn.Module, Path], None]):
         """
         Wraps what is trained for the processes, and goes on from a checkpoint if that is asked for.
 
@@ -119,7 +136,7 @@ class TrainingLoop:
                 folder, ready to be used.
 
         Returns:
-            `torch.nn.Module`: The model to call.
+            The model to call, the optimiser and the schedule.
         """
         args = self.args
         if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
@@ -143,7 +160,7 @@ class TrainingLoop:
         if self.is_main:
             self._open_log()
         self._remember_buffers()
-        return self.model
+        return self.model, self.optimizer, self.lr_scheduler
 
     @property
     def bare_model(self) -> nn.Module:
@@ -161,29 +178,13 @@ class TrainingLoop:
     def load_state_dict(self, state: dict) -> None:
         self.skipped, self._data_states = state["skipped"], state.get("data")
 
-    def batches_from(self, dataset, first_batch: int, states: list[dict] | None = None) -> TrainingBatches:
-        """Batches of this process from a number on, without end; see [`TrainingBatches`]."""
-        return TrainingBatches(
-            dataset,
-            self.args.train_batch_size,
-            self.args.seed,
-            first_batch,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.args.dataloader_num_workers,
-            states,
-        )
-
-    def generators_for(self, batch_number: int, count: int) -> list[torch.Generator]:
-        """The generators of the samples of this process's batch with a number."""
-        position = batch_number * self.accelerator.num_processes + self.accelerator.process_index
-        return sample_generators(self.args.seed, position * self.args.train_batch_size, count)
-
-    def with_generators(self, batches: TrainingBatches) -> Iterator[tuple[dict, list[torch.Generator]]]:
+    def _with_generators(self, first_batch: int) -> Iterator[tuple[dict, list[torch.Generator]]]:
         """Batches on the device with the generators of their samples."""
-        for number, batch in enumerate(batches, batches.first_batch):
-            batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-            yield batch, self.generators_for(number, len(batch["mask"]))
+        accelerator, size = self.accelerator, self.args.train_batch_size
+        for number, batch in enumerate(self._batches, first_batch):
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            position = number * accelerator.num_processes + accelerator.process_index
+            yield batch, sample_generators(self.args.seed, position * size, len(batch["mask"]))
 
     def batches(self, dataset) -> Iterator[tuple[dict, list[torch.Generator]]]:
         """Yields batches with the generators of their samples until all steps are done or a stop is requested."""
@@ -192,10 +193,19 @@ class TrainingLoop:
         self._progress = tqdm(initial=self.step, total=args.max_train_steps, disable=not self.is_main, mininterval=10)
         with self._progress, self._stopping_at_signals():
             first_batch = self.step * args.gradient_accumulation_steps
-            self._batches = self.batches_from(dataset, first_batch, self._data_states)
-            batches = self.with_generators(self._batches)
+            self._batches = TrainingBatches(
+                dataset,
+                args.train_batch_size,
+                args.seed,
+                first_batch,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                args.dataloader_num_workers,
+                self._data_states,
+            )
+            self.upcoming = self._with_generators(first_batch)
             while not self.finished and not self.stop_requested:
-                yield next(batches)
+                yield next(self.upcoming)
         if self.skipped:
             logger.warning("%d of %d steps were skipped: their loss was not finite", self.skipped, self.step)
         if self._batches.skipped:
@@ -231,30 +241,34 @@ class TrainingLoop:
         """The mean of a tensor over the processes."""
         return self.accelerator.reduce(tensor, "mean") if self.accelerator.num_processes > 1 else tensor
 
-    def optimize(self, loss: torch.Tensor, logged: dict[str, torch.Tensor | float]) -> None:
+    def is_finite(self, loss: torch.Tensor) -> bool:
+        """Whether a loss and those before it in this step are finite in all processes: else the step is skipped."""
+        flags = torch.tensor([float(not torch.isfinite(loss)), float(self.stop_requested)])
+        flags = self.reduce(flags.to(self.accelerator.device)).cpu()
+        self._broken = self._broken or bool(flags[0])
+        self._stop_agreed = bool(flags[1])
+        return not self._broken
+
+    def may_step(self, gradient_norm: torch.Tensor | float) -> bool:
+        """Whether the gradient is finite too; in float16 the scaler looks for overflow and skips the step itself."""
+        self._broken = self.accelerator.scaler is None and not math.isfinite(gradient_norm)
+        return not self._broken
+
+    def end_batch(self, logged: dict[str, torch.Tensor | float]) -> None:
         """
-        Adds the gradient of a loss and, at the last batch of a step, moves the weights.
+        Ends a batch and, with the last one of a step, the step: average of the weights, logs, checkpoint.
 
         Args:
-            loss (`torch.Tensor`): Scalar.
             logged (`dict`): Scalars whose means are written to `loss.csv` and the trackers.
         """
-        accelerator, args = self.accelerator, self.args
-        flags = torch.tensor([float(not torch.isfinite(loss)), float(self.stop_requested)])
-        flags = self.reduce(flags.to(accelerator.device)).cpu()
-        self._broken = self._broken or bool(flags[0])
+        args = self.args
         if not self._broken:
-            accelerator.backward(loss)
             for name, value in logged.items():
-                self._sums[name] = self._sums.get(name, 0.0) + float(value)
+                value = float(value.detach()) if isinstance(value, torch.Tensor) else value
+                self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts += 1
-        if not accelerator.sync_gradients:
+        if not self.accelerator.sync_gradients:
             return
-
-        if not self._broken:
-            norm = accelerator.clip_grad_norm_(self.trained_parameters, args.max_grad_norm)
-            # In float16 the scaler looks for overflow itself, skips the step and lowers its scale.
-            self._broken = args.mixed_precision != "fp16" and not math.isfinite(norm)
         if self._broken:
             self.skipped += 1
             self._skipped_in_row += 1
@@ -262,7 +276,6 @@ class TrainingLoop:
             self._restore_buffers()
         else:
             self._skipped_in_row = 0
-            self.optimizer.step()
             if self.ema is not None:
                 self.ema.step(self.trained_parameters)
             self._remember_buffers()
@@ -271,7 +284,7 @@ class TrainingLoop:
         self._broken = False
         self.step += 1
         self._progress.update()
-        self.stop_requested = self.stop_requested or bool(flags[1])
+        self.stop_requested = self.stop_requested or self._stop_agreed
         if self.step % args.logging_steps == 0:
             self._log()
         hopeless = self._skipped_in_row >= MAX_SKIPPED_IN_ROW

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils.torch_utils import randn_tensor
 
-from .latents import hole_at_latent_size, mask_to_latent_size
+from .latent_cache import hole_at_latent_size, mask_to_latent_size
 
 
 def sample_generators(seed: int, first_sample: int, count: int) -> list[torch.Generator]:
@@ -98,7 +98,7 @@ def noise_batch(
     Draws timesteps, noise and categories for a batch.
 
     Args:
-        args: See `add_objective_arguments`; `foreground_probability` is read too.
+        args: See `training.arguments`.
         scheduler (`DDIMScheduler`): The noise schedule; its `prediction_type` decides the target.
         batch (`dict`): `latents`, `masked_latents` `[B, 4, h, w]`, `mask` `[B, 1, H, W]` and, if the samples have one,
             `category` `[B]` with 0 for background, 1 for foreground and -1 for one to be drawn.

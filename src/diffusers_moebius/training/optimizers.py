@@ -1,9 +1,11 @@
-"""Muon with an AdamW part for the parameters that are not matrices."""
+"""Optimisers, learning rates, and Muon with an AdamW part for the parameters that are not matrices."""
 
+import argparse
 from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.adamw import adamw
 
@@ -162,3 +164,49 @@ def muon_parameter_groups(modules: dict[str, nn.Module], exclude: tuple[str, ...
         for group in ({"params": muon, "use_muon": True}, {"params": adamw, "use_muon": False})
         if group["params"]
     ]
+
+
+def build_optimizer(
+    args: argparse.Namespace, modules: dict[str, nn.Module], device: torch.device, num_processes: int = 1
+) -> torch.optim.Optimizer:
+    """The optimiser of the trainable parameters of models by name."""
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= num_processes * args.gradient_accumulation_steps * args.train_batch_size
+    options = {
+        "lr": learning_rate,
+        "weight_decay": args.weight_decay,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "muon":
+        # Orthogonalising in bfloat16 is slower than in float32 where the processor has to emulate it.
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        return Muon(muon_parameter_groups(modules), ns_dtype=dtype, **options)
+    parameters = [weight for module in modules.values() for weight in module.parameters() if weight.requires_grad]
+    if args.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise ImportError("`--use_8bit_adam` needs bitsandbytes: `pip install bitsandbytes`.") from error
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options)
+
+
+def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
+    """A schedule of diffusers, or a warm-up with drops at `lr_milestones` (the paper's: 0.1 at 111K and 129K)."""
+    if args.lr_milestones:
+
+        def factor(step: int) -> float:
+            warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
+            return warmup * args.lr_gamma ** sum(step >= milestone for milestone in args.lr_milestones)
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )

@@ -1,5 +1,6 @@
 """LPIPS: how different two pictures, or the latents of two, look, measured in the features of a classifier."""
 
+import argparse
 from pathlib import Path
 from urllib.error import URLError
 
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-# AlexNet: stride and padding of each convolution and the max-pool kernel before it; all five outputs are compared.
-# VGG16: number of convolutions of each block, the last one compared, and the max-pool kernel before the block.
-ALEXNET = ((4, 2, 0), (1, 2, 3), (1, 1, 3), (1, 1, 0), (1, 1, 0))
-VGG16 = ((2, 0), (2, 2), (3, 2), (3, 2), (3, 2))
+from ..loaders.hub import load_vae
+from ..pipelines.latents import decode_latents
+
+# Stride and padding of each convolution, the max-pool kernel before it, and whether its output is compared.
+ALEXNET = ((4, 2, 0, True), (1, 2, 3, True), (1, 1, 3, True), (1, 1, 0, True), (1, 1, 0, True))
+VGG16 = tuple((1, 1, 2 * (i in (2, 4, 7, 10)), i in (1, 3, 6, 9, 12)) for i in range(13))
 
 
 class LPIPS(nn.Module):
@@ -41,7 +44,7 @@ class LPIPS(nn.Module):
                 "`state_dict` must hold `conv.N.weight`, `conv.N.bias` (N to 4 for AlexNet, to 12 for VGG16) and "
                 f"`head.0` to `head.4`, but holds {sorted(state_dict)}."
             )
-        self.is_alexnet = num_convs == 5
+        self.layers = ALEXNET if num_convs == 5 else VGG16
         for name, value in state_dict.items():
             self.register_buffer(name.replace(".", "_"), value.float())
         # ImageNet's mean and deviation, carried over from [0, 1] to [-1, 1].
@@ -93,26 +96,14 @@ class LPIPS(nn.Module):
         """
         hidden_states = (pixel_values - self.shift) / self.scale
         features = []
-        if self.is_alexnet:
-            for i, (stride, padding, pool) in enumerate(ALEXNET):
-                if pool:
-                    hidden_states = F.max_pool2d(hidden_states, pool, 2)
-                hidden_states = self._conv(hidden_states, i, stride, padding)
-                features.append(hidden_states)
-        else:
-            i = 0
-            for num_convs, pool in VGG16:
-                if pool:
-                    hidden_states = F.max_pool2d(hidden_states, pool, 2)
-                for _ in range(num_convs):
-                    hidden_states = self._conv(hidden_states, i, 1, 1)
-                    i += 1
+        for i, (stride, padding, pool, is_compared) in enumerate(self.layers):
+            if pool:
+                hidden_states = F.max_pool2d(hidden_states, pool, 2)
+            weight, bias = getattr(self, f"conv_{i}_weight"), getattr(self, f"conv_{i}_bias")
+            hidden_states = F.conv2d(hidden_states, weight, bias, stride, padding).relu()
+            if is_compared:
                 features.append(hidden_states)
         return [values / (values.square().sum(1, keepdim=True) + 1e-20).sqrt() for values in features]
-
-    def _conv(self, hidden_states: torch.Tensor, index: int, stride: int, padding: int) -> torch.Tensor:
-        weight, bias = getattr(self, f"conv_{index}_weight"), getattr(self, f"conv_{index}_bias")
-        return F.conv2d(hidden_states, weight, bias, stride, padding).relu()
 
     def distances(self, input: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
         """
@@ -173,34 +164,31 @@ class ELatentLPIPSLoss(nn.Module):
 
     Args:
         encoder (`str`, defaults to `"sdxl"`): The autoencoder of the latents: `"sd15"`, `"sd21"` or `"sdxl"`.
+        add_l1_loss (`bool`, defaults to `False`): Add the mean absolute error of the latents, as the package does by
+            default. The released training leaves it at that; the paper's loss is the distance of features alone.
 
     Raises:
-        ImportError: If the package cannot be imported.
         OSError: If its weights cannot be downloaded.
     """
 
-    def __init__(self, encoder: str = "sdxl"):
+    def __init__(self, encoder: str = "sdxl", add_l1_loss: bool = False):
         super().__init__()
-        instead = "or leave the perceptual loss out with `--perceptual_loss none`"
-        try:
-            from elatentlpips import ELatentLPIPS
-        except ImportError as error:
-            raise ImportError(
-                "`--perceptual_loss elatentlpips` needs the package elatentlpips"
-                f" (`pip install diffusers-moebius[perceptual]`), which cannot be imported: {error}. Install it,"
-                f" {instead}."
-            ) from error
+        from elatentlpips import ELatentLPIPS
+
+        self.add_l1_loss = add_l1_loss
         try:
             self.metric = ELatentLPIPS(encoder=encoder, augment="bg", verbose=False).requires_grad_(False)
         except (URLError, OSError) as error:
             raise OSError(
-                f"The weights of E-LatentLPIPS cannot be loaded ({error}). Put them into the folder `ckpt`, {instead}."
+                f"The weights of E-LatentLPIPS cannot be loaded ({error}). Put them into the folder `ckpt`, or leave"
+                " the perceptual loss out with `--perceptual_loss none`."
             ) from error
 
     def forward(self, latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Compares scaled latents `[B, C, h, w]`; returns `[B]`."""
         # `normalize` would scale the latents, which they are already.
-        return self.metric(latents, target, normalize=False, ensembling=True).flatten()
+        options = {"normalize": False, "ensembling": True, "add_l1_loss": self.add_l1_loss}
+        return self.metric(latents, target, **options).flatten()
 
 
 class DecodedLPIPS(nn.Module):
@@ -218,7 +206,30 @@ class DecodedLPIPS(nn.Module):
 
     def forward(self, latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Compares scaled latents `[B, C, h, w]`; returns `[B]`."""
-        latents, target = (value / self.vae.config.scaling_factor for value in (latents, target))
         with torch.no_grad():
-            target_pictures = self.vae.decode(target).sample
-        return self.lpips(self.vae.decode(latents).sample, target_pictures)
+            target_pictures = decode_latents(self.vae, target)
+        return self.lpips(decode_latents(self.vae, latents), target_pictures)
+
+
+def check_perceptual_loss(args: argparse.Namespace) -> None:
+    """Raises the error of a perceptual loss whose package is missing, before anything large is loaded."""
+    if args.perceptual_loss != "elatentlpips":
+        return
+    try:
+        import elatentlpips  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "`--perceptual_loss elatentlpips` needs the package elatentlpips (`pip install"
+            f" diffusers-moebius[perceptual]`, whose licence forbids commercial use), which cannot be imported:"
+            f" {error}. Install it, take `--perceptual_loss lpips`, or leave it out with `--perceptual_loss none`."
+        ) from error
+
+
+def build_perceptual_loss(args: argparse.Namespace, vae: nn.Module, device: torch.device) -> nn.Module | None:
+    """The perceptual loss that the arguments of a distillation name, of latents of a student's autoencoder."""
+    if args.perceptual_loss == "none":
+        return None
+    if args.perceptual_loss == "elatentlpips":
+        return ELatentLPIPSLoss(args.perceptual_encoder, add_l1_loss=args.balance == "release").to(device)
+    decoder = load_vae(args.lpips_vae).requires_grad_(False) if args.lpips_vae else vae
+    return DecodedLPIPS(decoder, LPIPS.from_pretrained(args.lpips_weights)).to(device)

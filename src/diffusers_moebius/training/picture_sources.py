@@ -3,9 +3,8 @@
 import io
 import json
 import logging
-import re
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,96 +18,6 @@ MASK_SUFFIX = ".mask.png"
 CATEGORIES = {"background": 0, "foreground": 1}
 NO_CATEGORY = -1
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-def is_picture(name: str) -> bool:
-    """Whether a file name is that of a picture and not of a picture's mask."""
-    name = name.lower()
-    return name.endswith(PICTURE_SUFFIXES) and not name.endswith(MASK_SUFFIX)
-
-
-def category_number(category: str | None, where: str) -> int:
-    """The number of a category by name, -1 without one; an error says `where` another name stands."""
-    if category is None:
-        return NO_CATEGORY
-    if category not in CATEGORIES:
-        raise ValueError(f"`category` must be one of {', '.join(CATEGORIES)}, but is {category!r} in {where}.")
-    return CATEGORIES[category]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """
-    Expands `{000000..000007}` and `{a,b}` as a shell does.
-
-    Args:
-        pattern (`str`): A path or URL.
-
-    Returns:
-        `list[str]`: Every combination; the pattern alone if it has no braces.
-    """
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    inside = match[1]
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
-        first, last = int(numbers[1]), int(numbers[2])
-        if last < first:
-            raise ValueError(f"A range in braces must rise, but {inside!r} in {pattern!r} does not.")
-        width = len(numbers[1]) if numbers[1].startswith("0") else 0
-        options = [f"{number:0{width}d}" for number in range(first, last + 1)]
-    elif "," in inside:
-        options = inside.split(",")
-    else:
-        raise ValueError(
-            f"Braces must hold a range as 000..007 or a list as a,b, but are {match[0]!r} in {pattern!r}."
-        )
-    rests = expand_braces(pattern[match.end() :])
-    return [pattern[: match.start()] + option + rest for option in options for rest in rests]
-
-
-def is_url(source: str | Path) -> bool:
-    return str(source).startswith(("http://", "https://", "hf://"))
-
-
-def find_shards(source: str | Path) -> list[Path]:
-    """The local tar shards that a path, a glob pattern or a pattern with braces names, sorted where it is a glob."""
-    shards = []
-    for name in [str(source)] if Path(source).is_file() else expand_braces(str(source)):
-        path = Path(name)
-        found = [path] if path.is_file() else sorted(path.parent.glob(path.name))
-        if not found:
-            raise ValueError(f"`sources` must name folders or tar shards, but {name!r} does not exist.")
-        shards += found
-    return shards
-
-
-def decode_picture(data: bytes) -> Image.Image:
-    """Decodes a picture to RGB with its EXIF orientation applied; raises one of `UNREADABLE`."""
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-
-
-def decode_mask(data: bytes, size: tuple[int, int], where: str) -> np.ndarray:
-    """
-    Decodes a mask.
-
-    Args:
-        data (`bytes`): A picture file; at least half bright is hole.
-        size (`tuple[int, int]`): Width and height of the picture that it belongs to.
-        where (`str`): What an error calls the mask.
-
-    Returns:
-        `np.ndarray` of shape `[height, width]` and dtype bool.
-    """
-    mask = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("L")
-    if mask.size != size:
-        raise MaskError(
-            f"`mask` must have the size of its picture, {size[0]}×{size[1]}, but is {mask.width}×{mask.height}"
-            f" in {where}."
-        )
-    mask = np.asarray(mask) >= 128
-    if not mask.any():
-        raise MaskError(f"`mask` must mark something, but is empty in {where}.")
-    return mask
 
 
 class MaskError(Exception):
@@ -135,8 +44,8 @@ class Record:
     """One picture of a source, with what is said of it in a report."""
 
     name: str
-    picture: FilePart | int  # an int is the row of the `datasets` table
-    mask: FilePart | None = None
+    picture: FilePart | bytes | int  # an int is the row of the `datasets` table
+    mask: FilePart | bytes | None = None
     category: int = NO_CATEGORY
 
 
@@ -147,6 +56,86 @@ class Picture:
     image: Image.Image
     mask: np.ndarray | None = None
     category: int = NO_CATEGORY
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file name is that of a picture and not of a picture's mask."""
+    name = name.lower()
+    return name.endswith(PICTURE_SUFFIXES) and not name.endswith(MASK_SUFFIX)
+
+
+def make_record(name: str, picture, mask, category: str | None, where: str) -> Record:
+    """A record with a checked category; errors say `where` it stands."""
+    if category is not None and category not in CATEGORIES:
+        raise ValueError(f"`category` must be one of {', '.join(CATEGORIES)}, but is {category!r} in {where}.")
+    if category == "foreground" and mask is None:
+        raise ValueError(f"`category` foreground needs the object's `mask`, but {where} has none.")
+    return Record(name, picture, mask, CATEGORIES.get(category, NO_CATEGORY))
+
+
+def shard_record(shard: str | Path, name: str, members: dict) -> Record:
+    """
+    A record of a tar shard: `KEY.json` may name a `category`, and `KEY.mask.png` is then the mask.
+
+    A mask without a category does not count: evaluation sets have masks too.
+
+    Args:
+        shard (`str` or `Path`): The shard.
+        name (`str`): Name of the picture in it.
+        members (`dict`): What there is of its sample, by name; the JSON file as bytes.
+    """
+    key = name.rpartition(".")[0]
+    try:
+        entry = json.loads(members.get(f"{key}.json", b"null"))
+    except ValueError:
+        entry = None
+    category = entry.get("category") if isinstance(entry, dict) else None
+    mask = members.get(key + MASK_SUFFIX) if category is not None else None
+    return make_record(f"{shard}/{name}", members[name], mask, category, f"{shard}/{name}")
+
+
+def is_url(source: str | Path) -> bool:
+    return str(source).startswith(("http://", "https://", "hf://"))
+
+
+def expand_shards(source: str | Path) -> list[str]:
+    """
+    The shards that a path or URL names, in order: `{000..127}` and `{a,b}` as in a shell, and `*` in a path.
+
+    Raises:
+        ValueError: If the braces are wrong, or there is no such file.
+    """
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        names = [str(source)] if Path(source).is_file() else list(braceexpand(str(source)))
+    except UnbalancedBracesError as error:
+        raise ValueError(f"`sources` must have braces in pairs, but are {str(source)!r}: {error}.") from error
+    if is_url(source):
+        if "*" in str(source):
+            raise ValueError(f"`sources` may use braces in URLs but no `*`: {str(source)!r}.")
+        return names
+    shards = []
+    for path in map(Path, names):
+        found = [path] if path.is_file() else sorted(path.parent.glob(path.name))
+        if not found:
+            raise ValueError(f"`sources` must name folders or tar shards, but {str(path)!r} does not exist.")
+        shards += map(str, found)
+    return shards
+
+
+def index_shard(shard: str) -> list[Record]:
+    """The pictures of a local tar shard."""
+    members = {}
+    try:
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                if member.isfile():
+                    part = FilePart(Path(shard), member.offset_data, member.size)
+                    members[member.name] = part.read() if member.name.endswith(".json") else part
+    except tarfile.TarError as error:
+        raise ValueError(f"`sources` must name folders or tar shards, but {shard!r} is none: {error}.") from error
+    return [shard_record(shard, name, members) for name in members if is_picture(name)]
 
 
 def read_metadata(path: str | Path) -> list[Record]:
@@ -177,54 +166,14 @@ def read_metadata(path: str | Path) -> list[Record]:
             raise ValueError(f"`train_metadata` must hold JSON lines, but {where} is none: {error}.") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise ValueError(f"`train_metadata` must have a path `image` in every line, but {where} has not.")
-        category = category_number(entry.get("category"), where)
         mask = entry.get("mask")
         if mask is not None and not isinstance(mask, str):
             raise ValueError(f"`mask` must be a path, but is {mask!r} in {where}.")
-        if category == CATEGORIES["foreground"] and mask is None:
-            raise ValueError(f"`category` foreground needs the object's `mask`, but {where} has none.")
-        mask = FilePart(path.parent / mask) if mask is not None else None
-        records.append(Record(f"{entry['image']} ({where})", FilePart(path.parent / entry["image"]), mask, category))
+        parts = [FilePart(path.parent / name) if name is not None else None for name in (entry["image"], mask)]
+        records.append(make_record(f"{entry['image']} ({where})", *parts, entry.get("category"), where))
     if not records:
         raise ValueError(f"`train_metadata` must have lines, but {str(path)!r} has none.")
     return records
-
-
-def index_shard(shard: Path) -> list[Record]:
-    """The pictures of a local tar shard; `KEY.json` may name a `category`, and `KEY.mask.png` is then the mask."""
-    try:
-        with tarfile.open(shard) as archive:
-            members = [member for member in archive if member.isfile()]
-            categories = {}
-            for member in members:
-                if member.name.endswith(".json"):
-                    categories[member.name.removesuffix(".json")] = shard_category(archive.extractfile(member).read())
-    except tarfile.TarError as error:
-        raise ValueError(f"`sources` must name folders or tar shards, but {str(shard)!r} is none: {error}.") from error
-    parts = {member.name: FilePart(shard, member.offset_data, member.size) for member in members}
-    records = []
-    for name, part in parts.items():
-        if is_picture(name):
-            key = name.rpartition(".")[0]
-            records.append(shard_record(f"{shard}/{name}", part, parts.get(key + MASK_SUFFIX), categories.get(key)))
-    return records
-
-
-def shard_category(data: bytes) -> str | None:
-    """The `category` in the JSON member of a sample; `None` if there is none or the member is no JSON object."""
-    try:
-        entry = json.loads(data)
-    except ValueError:
-        return None
-    return entry.get("category") if isinstance(entry, dict) else None
-
-
-def shard_record(name: str, picture, mask, category: str | None) -> Record:
-    """A record of a shard. Its mask counts only beside a category: evaluation sets have masks too."""
-    number = category_number(category, name)
-    if number == CATEGORIES["foreground"] and mask is None:
-        raise ValueError(f"`category` foreground needs the object's `mask`, but {name} has none.")
-    return Record(name, picture, mask if number != NO_CATEGORY else None, number)
 
 
 def load_hub_table(name: str, config_name: str | None, split: str, image_column: str):
@@ -246,6 +195,41 @@ def load_hub_table(name: str, config_name: str | None, split: str, image_column:
     return table.cast_column(image_column, datasets.Image(decode=False))
 
 
+def decode_record(record: Record, table=None, image_column: str = "image") -> Picture:
+    """
+    Decodes a picture to RGB with its EXIF orientation applied, and its mask, where at least half bright is hole.
+
+    Raises:
+        One of `UNREADABLE`: If the picture or its mask cannot be read.
+        MaskError: If the mask does not fit.
+    """
+
+    def data_of(part) -> bytes:
+        if isinstance(part, int):
+            entry = table[part][image_column]
+            if entry is None:
+                raise ValueError("there is no picture")
+            return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+        return part if isinstance(part, bytes) else part.read()
+
+    def open_upright(part, mode: str) -> Image.Image:
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(data_of(part)))).convert(mode)
+
+    image = open_upright(record.picture, "RGB")
+    if record.mask is None:
+        return Picture(image, None, record.category)
+    mask = open_upright(record.mask, "L")
+    if mask.size != image.size:
+        raise MaskError(
+            f"`mask` must have the size of its picture, {image.width}×{image.height}, but is"
+            f" {mask.width}×{mask.height} in {record.name}."
+        )
+    mask = np.asarray(mask) >= 128
+    if not mask.any():
+        raise MaskError(f"`mask` must mark something, but is empty in {record.name}.")
+    return Picture(image, mask, record.category)
+
+
 class PictureReader:
     """
     Reads pictures by number, in a fixed order.
@@ -259,6 +243,7 @@ class PictureReader:
         metadata (sequence of `str` or `Path`, defaults to none): Files of JSON lines, see [`read_metadata`].
         table (`datasets.Dataset`, *optional*): See [`load_hub_table`].
         image_column (`str`, defaults to `"image"`): The column of `table` with the pictures.
+        max_samples (`int`, *optional*): Only the first so many pictures.
 
     Raises:
         ValueError: If a source does not exist or there is no picture in any of them.
@@ -270,17 +255,17 @@ class PictureReader:
         metadata: Sequence[str | Path] = (),
         table=None,
         image_column: str = "image",
+        max_samples: int | None = None,
     ):
         self.records: list[Record] = []
         self.skipped: dict[str, int] = {}
         self.table, self.image_column = table, image_column
         for source in sources:
-            path = Path(source)
-            if path.is_dir():
-                files = (file for file in sorted(path.rglob("*")) if is_picture(file.name))
+            if Path(source).is_dir():
+                files = (file for file in sorted(Path(source).rglob("*")) if is_picture(file.name))
                 self.records += [Record(str(file), FilePart(file)) for file in files]
             else:
-                self.records += [record for shard in find_shards(source) for record in index_shard(shard)]
+                self.records += [record for shard in expand_shards(source) for record in index_shard(shard)]
         for path in metadata:
             self.records += read_metadata(path)
         if table is not None:
@@ -289,6 +274,7 @@ class PictureReader:
             raise ValueError(
                 f"`sources` must hold pictures ({', '.join(PICTURE_SUFFIXES)}), but {[*sources, *metadata]} do not."
             )
+        self.records = self.records[:max_samples]
         foreground = CATEGORIES["foreground"]
         self.object_indices = [index for index, record in enumerate(self.records) if record.category == foreground]
 
@@ -296,46 +282,19 @@ class PictureReader:
         return len(self.records)
 
     def read_picture(self, index: int) -> Picture | None:
-        """
-        Reads one picture with its mask and category.
-
-        Args:
-            index (`int`): Its number.
-
-        Returns:
-            [`Picture`], or `None` if the picture or its mask is unreadable.
-        """
+        """Reads the picture of a number with its mask and category; `None` if one of them is unreadable."""
         record = self.records[index]
         try:
-            if isinstance(record.picture, int):
-                entry = self.table[record.picture][self.image_column]
-                if entry is None:
-                    raise ValueError("there is no picture")
-                data = entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
-            else:
-                data = record.picture.read()
-            image = decode_picture(data)
-            mask = decode_mask(record.mask.read(), image.size, record.name) if record.mask is not None else None
+            return decode_record(record, self.table, self.image_column)
         except UNREADABLE as error:
-            self.report(record.name, error)
+            if record.name not in self.skipped:
+                logger.warning("skipped, unreadable: %s: %s", record.name, error)
+            self.skipped[record.name] = self.skipped.get(record.name, 0) + 1
             return None
         except MaskError as error:
             raise ValueError(str(error)) from None
-        return Picture(image, mask, record.category)
 
     def read(self, index: int) -> Image.Image | None:
         """Reads one picture alone: `PIL.Image.Image` in RGB, or `None` if it is unreadable."""
         picture = self.read_picture(index)
         return picture.image if picture is not None else None
-
-    def report(self, name: str, error: Exception) -> None:
-        """Counts a picture that cannot be read, and logs it the first time."""
-        if name not in self.skipped:
-            logger.warning("skipped, unreadable: %s: %s", name, error)
-        self.skipped[name] = self.skipped.get(name, 0) + 1
-
-
-def check_some_readable(number: int, skipped: Iterable[str]) -> None:
-    """Raises the error of a source in which nothing can be read."""
-    examples = ", ".join(list(skipped)[-3:])
-    raise ValueError(f"The training data hold no readable picture: all {number} were skipped, among them {examples}.")

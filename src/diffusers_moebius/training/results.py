@@ -7,16 +7,19 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, create_repo
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ..loaders.model_card import PAPER, hub_repository
 from ..models.fusion import adapter_layers
+from .adapters import save_adapter
+from .batch_norm import recalibrate_batch_norm
 from .checkpoints import list_checkpoints
-from .components import describe_dataset, recalibrate_batch_norm
+from .data import describe_dataset
 from .loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 RECALIBRATION_BATCHES = 50
+DEFAULTS = ("default_num_inference_steps", "default_guidance_scale", "default_strength", "default_guidance_start")
 PACKAGES = ("diffusers-moebius", "diffusers", "torch", "accelerate")
 LORA_TEXT = """# {title}
 
@@ -32,12 +35,11 @@ from diffusers_moebius import MoebiusInpaintPipeline
 pipe = MoebiusInpaintPipeline.from_pretrained("{location}", dtype=torch.float16).to("cuda")
 pipe.load_lora_weights("{name}")
 pipe.fuse_lora(lora_scale=1.0)  # a smaller scale has less effect
-photo, mask = load_image("photo.png"), load_image("mask.png")  # white is filled
+{setup}photo, mask = load_image("photo.png"), load_image("mask.png")  # white is filled
 result = pipe(image=photo, mask_image=mask).images[0]
 ```
 
-Or `moebius inpaint photo.png mask.png -o result.png --model {location} --lora {name}`. Rank {rank}, beside
-{layers} layers: {targets}.
+{command}Rank {rank}, beside {layers} layers: {targets}.
 """
 
 
@@ -74,19 +76,31 @@ def make_lora_card(pipeline, loop: TrainingLoop) -> ModelCard:
     """
     config = pipeline.unet.peft_config["default"]
     base = hub_repository(loop.args.pretrained_model_name_or_path)
+    name, setup = loop.run_name, ""
+    location = base or Path(loop.args.pretrained_model_name_or_path).name
+    command = f"Or `moebius inpaint photo.png mask.png -o result.png --model {location} --lora {name}`. "
+    if hasattr(loop.args, "num_inference_steps"):  # for few steps: what a file of weights cannot say
+        pipeline.scheduler.save_pretrained(loop.output_dir / "scheduler")
+        values = ", ".join(f"{name}={pipeline.config[name]}" for name in DEFAULTS)
+        setup = (
+            'pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")\n'
+            f"pipe.register_to_config({values})\n"
+        )
+        command = ""  # the command line sets no timestep spacing
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="image-to-image",  # the hub has no tag for inpainting
         tags=["lora", "inpainting", "image-inpainting", "moebius", f"arxiv:{PAPER}"],
         base_model=base,
     )
-    name = loop.args.hub_model_id or loop.output_dir.resolve().name
     text = LORA_TEXT.format(
         title=name.rpartition("/")[2],
         name=name,
         base=f"[{base}](https://huggingface.co/{base})" if base else "a model that was in a folder",
-        location=base or Path(loop.args.pretrained_model_name_or_path).name,
+        location=location,
         paper=PAPER,
+        setup=setup,
+        command=command,
         rank=config.r,
         layers=len(adapter_layers(pipeline.unet)),
         targets=", ".join(f"`{target}`" for target in sorted(config.target_modules)),
@@ -94,7 +108,7 @@ def make_lora_card(pipeline, loop: TrainingLoop) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def training_section(loop: TrainingLoop, data: str, scores: dict[str, float]) -> str:
+def training_section(loop: TrainingLoop, data: str, scores: dict[str, float] | None) -> str:
     """The part of a model card that says how the weights came about, in Markdown."""
     args = loop.args
     words = [Path(sys.argv[0]).name, *_arguments_without_paths_of_this_machine(args)]
@@ -125,13 +139,25 @@ def training_section(loop: TrainingLoop, data: str, scores: dict[str, float]) ->
 
 def _arguments_without_paths_of_this_machine(args: argparse.Namespace) -> list[str]:
     """The arguments that differ from None and False; of an absolute path only the last part."""
-    words = []
+    words = [] if args.random_flip else ["--no-random_flip"]
     for name, value in vars(args).items():
         if value is None or value is False or name in ("resume_from_checkpoint",):
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         words += [f"--{name}", *(Path(str(v)).name if Path(str(v)).is_absolute() else str(v) for v in values)]
     return words
+
+
+def write_adapter(loop: TrainingLoop, pipeline, dataset, scores: dict[str, float] | None = None) -> None:
+    """Writes the averaged adapter of a finished run with its model card, and uploads it if asked to."""
+    if not loop.is_main:
+        return
+    with loop.averaged_weights():
+        save_adapter(pipeline, loop.output_dir)
+    make_lora_card(pipeline, loop).save(loop.output_dir / "README.md")
+    add_to_card(loop.output_dir, training_section(loop, describe_dataset(loop.args, dataset), scores))
+    logger.info("wrote the adapter to %s", loop.output_dir)
+    push_results(loop)
 
 
 def add_to_card(folder: Path, section: str) -> None:
@@ -148,8 +174,7 @@ def push_results(loop: TrainingLoop) -> None:
     args = loop.args
     if not (args.push_to_hub and loop.is_main):
         return
-    name = args.hub_model_id or loop.output_dir.resolve().name
-    repo_id = create_repo(name, private=args.hub_private, exist_ok=True).repo_id
+    repo_id = loop.repo_id
     ignored = [f"{folder.name}/*" for folder in list_checkpoints(loop.output_dir)]
     HfApi().upload_folder(
         repo_id=repo_id,
@@ -160,7 +185,7 @@ def push_results(loop: TrainingLoop) -> None:
     logger.info("uploaded to %s", repo_id)
 
 
-def write_pipeline(loop: TrainingLoop, pipeline, dataset, noise, scores: dict[str, float]) -> None:
+def write_pipeline(loop: TrainingLoop, pipeline, dataset, noise=None, scores: dict[str, float] | None = None) -> None:
     """
     Writes the pipeline of a finished run with its averaged weights and its model card, and uploads it if asked to.
 
@@ -171,16 +196,15 @@ def write_pipeline(loop: TrainingLoop, pipeline, dataset, noise, scores: dict[st
         loop ([`TrainingLoop`]): The run.
         pipeline ([`MoebiusInpaintPipeline`]): The pipeline of which the run trained the U-Net.
         dataset: The dataset of the run.
-        noise (callable): Makes a `NoisedBatch` of a batch and the generators of its samples.
-        scores (`dict[str, float]`): The last validation, for the card.
+        noise (callable, *optional*): Makes a `NoisedBatch` of a batch and the generators of its samples; needed unless
+            BatchNorm's statistics are frozen.
+        scores (`dict[str, float]`, *optional*): The last validation, for the card.
     """
     args = loop.args
-    batches = loop.batches_from(dataset, loop.step * args.gradient_accumulation_steps)
-    batches = loop.with_generators(batches)
     with loop.averaged_weights() as model:
 
         def forward(number):
-            noised = noise(*next(batches))
+            noised = noise(*next(loop.upcoming))
             model(noised.model_input, noised.timesteps, noised.category_ids)
 
         if not args.freeze_batch_norm:

@@ -4,39 +4,52 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusers_moebius.training.picture_datasets import (
+from diffusers_moebius.training.crops import (
+    Cropper,
     PictureDataset,
     box_with_mask,
     crop_mask,
     picture_to_tensor,
     random_box,
-    random_resized_crop,
 )
 from diffusers_moebius.training.picture_sources import PictureReader
 
 PRESETS = ["medium_512", "thick_256"]
 
 
-def test_crop_is_square_and_inside_the_picture():
-    picture = Image.new("RGB", (60, 30), (10, 200, 30))
-    for seed in range(20):
-        crop = random_resized_crop(picture, 16, np.random.default_rng(seed), scale=(0.2, 1.0))
-        assert crop.size == (16, 16)
-        assert np.ptp(np.asarray(crop), axis=(0, 1)).max() == 0  # nothing from beyond the border
+def one_picture(folder, picture, **options):
+    folder.mkdir()
+    picture.save(folder / "picture.png")
+    return PictureDataset(PictureReader([folder]), Cropper(16, PRESETS, **options))
 
 
-def test_half_of_the_crops_are_mirrored():
+def test_crop_is_square_and_inside_the_picture(tmp_path):
+    data = one_picture(tmp_path / "photos", Image.new("RGB", (60, 30), (10, 200, 30)), crop_scale=(0.2, 1.0))
+    for epoch in range(20):
+        crop = data[epoch]["pixel_values"]
+        assert crop.shape == (3, 16, 16)
+        assert (crop == crop[:, :1, :1]).all()  # nothing from beyond the border
+
+
+def test_half_of_the_crops_are_mirrored_unless_none_is_to_be(tmp_path):
     picture = Image.fromarray(np.tile(np.arange(32, dtype=np.uint8)[None, :, None] * 8, (32, 1, 3)))
-    rising = 0
-    for seed in range(60):
-        row = np.asarray(random_resized_crop(picture, 16, np.random.default_rng(seed)))[8, :, 0].astype(int)
-        rising += row[-1] > row[0]
-    assert 15 < rising < 45
+    for name, flip, least, most in (("both", True, 15, 45), ("one", False, 60, 60)):
+        data = one_picture(tmp_path / name, picture, random_flip=flip)
+        rising = sum(int(row[-1] > row[0]) for row in (data[epoch]["pixel_values"][0, 8] for epoch in range(60)))
+        assert least <= rising <= most
+
+
+def test_crops_are_of_the_size_that_is_asked_for(tmp_path):
+    stripes = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (64, 1, 3)))
+    data = one_picture(tmp_path / "photos", stripes, crop_scale=(1 / 16, 1 / 16))
+    for epoch in range(10):
+        row = data[epoch]["pixel_values"][0, 0] * 127.5
+        assert (row[0] - row[-1]).abs() == 15  # a quarter of the side, pixel for pixel
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(photo_dir):
-    dataset = PictureDataset(PictureReader([photo_dir]), 32, PRESETS, seed=5)
-    again = PictureDataset(PictureReader([photo_dir]), 32, PRESETS, seed=5)
+    dataset = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS, seed=5))
+    again = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS, seed=5))
     first, same = dataset[2], again[2]
     assert torch.equal(first["pixel_values"], same["pixel_values"]) and torch.equal(first["mask"], same["mask"])
     next_epoch = dataset[2 + len(dataset)]
@@ -47,13 +60,12 @@ def test_samples_depend_on_seed_epoch_and_index_alone(photo_dir):
 
 
 def test_another_picture_takes_the_place_of_an_unreadable_one(photo_dir):
-    data = PictureDataset(PictureReader([photo_dir]), 16, PRESETS)
+    data = PictureDataset(PictureReader([photo_dir]), Cropper(16, PRESETS))
     broken = next(i for i, record in enumerate(data.reader.records) if record.name.endswith("03-broken.jpg"))
-    samples = [data.sample(broken + epoch * len(data)) for epoch in range(12)]
-    assert all(skipped[0].endswith("03-broken.jpg") for _, skipped in samples)
-    assert len({sample["pixel_values"].numpy().tobytes() for sample, _ in samples}) > 6  # and not always the next
-    again = data.sample(broken)
-    assert torch.equal(again[0]["pixel_values"], samples[0][0]["pixel_values"])
+    samples = [data[broken + epoch * len(data)] for epoch in range(12)]
+    assert all(sample["skipped"][0].endswith("03-broken.jpg") for sample in samples)
+    assert len({sample["pixel_values"].numpy().tobytes() for sample in samples}) > 6  # and not always the next
+    assert torch.equal(data[broken]["pixel_values"], samples[0]["pixel_values"])
 
 
 @settings(deadline=None)

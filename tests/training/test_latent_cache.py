@@ -5,33 +5,40 @@ import tarfile
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from runs import open_data
 
-from diffusers_moebius.training.data import TrainingBatches, open_training_data
-from diffusers_moebius.training.latents import (
+from diffusers_moebius.pipelines.latents import encode_latents
+from diffusers_moebius.training.crops import Cropper, PictureDataset
+from diffusers_moebius.training.data import TrainingBatches
+from diffusers_moebius.training.latent_cache import (
     LatentCacheDataset,
     build_latent_cache,
-    encode_latents,
     hole_at_latent_size,
     mask_to_latent_size,
 )
-from diffusers_moebius.training.picture_datasets import PictureDataset
 from diffusers_moebius.training.picture_sources import PictureReader
 
 PRESETS = ["medium_512", "thick_256"]
 
 
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    monkeypatch.setattr("diffusers_moebius.training.crops.CACHE_UNIT", 4)
+
+
 def test_cache_round_trip(photo_dir, tmp_path, tiny_vae):
     tiny_vae.encode = lambda pixels: type("Output", (), {"latents": pixels[:, :, ::8, ::8] * 2})  # exact in float16
-    dataset = PictureDataset(PictureReader([photo_dir]), 32, PRESETS, seed=3)
-    build_latent_cache(tiny_vae, dataset, tmp_path / "cache", 2, crops_per_picture=2, shard_size=5)
+    dataset = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS, seed=3))
+    build_latent_cache(tiny_vae, dataset, tmp_path / "cache", 2, crops_per_picture=2)
     cache = LatentCacheDataset(tmp_path / "cache")
     assert len(cache) == 2 * 12 * 2  # crops, readable pictures, masks
+    assert len(LatentCacheDataset(tmp_path / "cache", max_samples=3)) == 3 * 2
     assert list(dataset.reader.skipped.values()) == [2]
 
     readable = [index for index in range(2 * 13) if dataset.reader.read(index % 13) is not None]
     for position, index in enumerate(readable):
-        pixels, masks = dataset.crop(index, 2)
+        crop = dataset.crop(index, 2)
+        pixels, masks = crop.pixels, crop.masks
         for number in range(2):
             sample = cache[2 * position + number]
             mask = masks[number]
@@ -41,28 +48,28 @@ def test_cache_round_trip(photo_dir, tmp_path, tiny_vae):
                 torch.testing.assert_close(sample[name], expected, atol=2e-3, rtol=2e-3)
 
 
-def test_interrupted_cache_goes_on_and_other_settings_are_refused(photo_dir, tmp_path, tiny_vae):
-    dataset = PictureDataset(PictureReader([photo_dir]), 32, PRESETS)
-    calls = []
-
-    def stop_after_two(done, total):
-        calls.append(done)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_latent_cache(tiny_vae, dataset, tmp_path, 1, shard_size=4, progress=stop_after_two)
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("latents-*")}
-    assert len(kept) == 2
-    build_latent_cache(tiny_vae, dataset, tmp_path, 1, shard_size=4)
-    assert len(LatentCacheDataset(tmp_path)) == 12
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
-    assert json.loads((tmp_path / "cache.json").read_text())["resolution"] == 32
-
+def test_other_settings_and_pictures_are_refused(photo_dir, tmp_path, tiny_vae):
+    dataset = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS))
+    build_latent_cache(tiny_vae, dataset, tmp_path / "cache", 1)
+    assert json.loads((tmp_path / "cache/cache.json").read_text())["resolution"] == 32
     with pytest.raises(ValueError, match="`cache_dir`"):
-        build_latent_cache(tiny_vae, dataset, tmp_path, 2, shard_size=4)
-    with pytest.raises(ValueError, match="`cache_dir`"):
+        build_latent_cache(tiny_vae, dataset, tmp_path / "cache", 2)
+    (photo_dir / "00.png").unlink()
+    with pytest.raises(ValueError, match="12 pictures"):
+        build_latent_cache(
+            tiny_vae, PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS)), tmp_path / "cache", 1
+        )
+    with pytest.raises(ValueError, match=r"`cache_dir`.*holds none"):
         LatentCacheDataset(tmp_path / "elsewhere")
+
+
+def test_cache_of_unreadable_pictures_alone_is_refused(tmp_path, tiny_vae):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/broken.jpg").write_text("no picture")
+    data = PictureDataset(PictureReader([tmp_path / "photos"]), Cropper(32, PRESETS))
+    build_latent_cache(tiny_vae, data, tmp_path / "cache", 1)
+    with pytest.raises(ValueError, match="none of its pictures was readable"):
+        LatentCacheDataset(tmp_path / "cache")
 
 
 @pytest.fixture
@@ -100,10 +107,8 @@ def test_cache_of_shards_carries_categories_and_goes_on_after_an_interruption(
     categorised, tmp_path, tiny_vae, stream, monkeypatch
 ):
     def build(folder, **options):
-        data = open_training_data(
-            32, PRESETS, 0, train_shards_path_or_url=[categorised], stream_shards=stream, shuffle_buffer_size=3
-        )
-        build_latent_cache(tiny_vae, data, folder, 2, crops_per_picture=2, shard_size=3, **options)
+        data = open_data(32, train_shards_path_or_url=[str(categorised)], stream_shards=stream, shuffle_buffer_size=3)
+        build_latent_cache(tiny_vae, data, folder, 2, crops_per_picture=2, **options)
 
     build(tmp_path / "whole")
     whole = read_cache(tmp_path / "whole")
@@ -115,18 +120,18 @@ def test_cache_of_shards_carries_categories_and_goes_on_after_an_interruption(
 
     def interrupted(pixels):
         calls.append(1)
-        if len(calls) == 9:
+        if len(calls) == 11:
             raise KeyboardInterrupt
         return encode(pixels)
 
     monkeypatch.setattr(tiny_vae, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cache")
-    (tmp_path / "cache/latents-001-00009.part").write_bytes(b"half of a shard")
+    assert list((tmp_path / "cache").glob("latents-*"))
     with pytest.raises(ValueError, match="unfinished"):
         LatentCacheDataset(tmp_path / "cache")
     build(tmp_path / "cache")
-    assert len(calls) < 9 + 24 - 3  # what was there was not encoded again
+    assert len(calls) < 11 + 24 - 3  # what was there was not encoded again
     again = read_cache(tmp_path / "cache")
     assert all(torch.equal(one[name], other[name]) for one, other in zip(whole, again) for name in one)
 
@@ -136,29 +141,6 @@ def test_cache_of_shards_carries_categories_and_goes_on_after_an_interruption(
     assert all(torch.equal(one[name], other[name]) for one, other in zip(whole, shared) for name in one)
     batch = next(iter(TrainingBatches(LatentCacheDataset(tmp_path / "cache"), 6, 0)))
     assert batch["category"].dtype == torch.int64 and set(batch["category"].tolist()) <= {-1, 0, 1}
-
-
-def test_cache_of_other_pictures_is_refused(photo_dir, tmp_path, tiny_vae):
-    build_latent_cache(tiny_vae, PictureDataset(PictureReader([photo_dir]), 32, PRESETS), tmp_path / "cache", 1)
-    (photo_dir / "00.png").unlink()
-    with pytest.raises(ValueError, match="12 pictures"):
-        build_latent_cache(tiny_vae, PictureDataset(PictureReader([photo_dir]), 32, PRESETS), tmp_path / "cache", 1)
-
-
-def test_cache_of_the_first_version_is_read(photo_dir, tmp_path, tiny_vae):
-    data = PictureDataset(PictureReader([photo_dir]), 32, PRESETS)
-    build_latent_cache(tiny_vae, data, tmp_path, 1)
-    for path in tmp_path.glob("latents-*"):
-        tensors = load_file(path)
-        del tensors["categories"]
-        save_file(tensors, path)
-    for path in tmp_path.glob("done-*"):
-        path.unlink()
-    settings = json.loads((tmp_path / "cache.json").read_text())
-    del settings["source"]
-    (tmp_path / "cache.json").write_text(json.dumps(settings))
-    build_latent_cache(None, data, tmp_path, 1)  # nothing to encode
-    assert LatentCacheDataset(tmp_path)[0]["category"] == -1
 
 
 def test_hole_at_latent_size_covers_every_touched_cell():

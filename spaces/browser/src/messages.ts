@@ -1,0 +1,27 @@
+/** What the page and its worker say to each other. */
+
+import type { Mask } from './region';
+import type { Patch } from './pipeline';
+
+export interface RunRequest {
+  modelUrl: string;
+  pixels: Uint8ClampedArray<ArrayBuffer>;
+  mask: Mask;
+  /** Empty fields are the model's own. */
+  steps: number | null;
+  guidanceScale: number | null;
+  margin: number;
+  seeds: number[];
+  fast: boolean;
+  /** `auto` is WebGPU for large models where the browser has it. */
+  device: 'auto' | 'wasm' | 'webgpu';
+}
+
+export type WorkerMessage =
+  | { kind: 'loading'; loaded: number; size: number }
+  | { kind: 'starting'; device: 'wasm' | 'webgpu'; threads: number }
+  | { kind: 'fallback'; reason: string }
+  | { kind: 'step'; candidate: number; candidates: number; done: number; total: number }
+  | { kind: 'patch'; patch: Patch; seed: number }
+  | { kind: 'finished'; seconds: number }
+  | { kind: 'failed'; what: 'file' | 'model' | 'run'; detail: string };

@@ -1,0 +1,208 @@
+/** How a filling comes back into its photo: exact outside the mask, without a seam along its edge. */
+
+import { type Box, type Mask, type Planes, cropMask, maskBox, planes } from './region';
+
+export type PasteMode = 'exact' | 'seamless';
+
+/** Grows a mask by a square neighbourhood. */
+export function dilateMask(mask: Mask, pixels: number): Mask {
+  const { height, width } = mask;
+  const grow = (source: Uint8Array, target: Uint8Array, start: number, step: number, length: number) => {
+    let count = 0;
+    for (let i = 0; i < length + pixels; i++) {
+      if (i < length) count += source[start + i * step];
+      if (i > 2 * pixels) count -= source[start + (i - 2 * pixels - 1) * step];
+      if (i >= pixels) target[start + (i - pixels) * step] = count > 0 ? 1 : 0;
+    }
+  };
+  const middle = new Uint8Array(mask.data.length);
+  const data = new Uint8Array(mask.data.length);
+  for (let y = 0; y < height; y++) grow(mask.data, middle, y * width, 1, width);
+  for (let x = 0; x < width; x++) grow(middle, data, x, width, height);
+  return { data, height, width };
+}
+
+function invert(mask: Mask): Mask {
+  return { ...mask, data: mask.data.map((value) => 1 - value) };
+}
+
+/** Shrinks a mask; what lies outside of the picture takes nothing away. */
+function erodeMask(mask: Mask, pixels: number): Mask {
+  return invert(dilateMask(invert(mask), pixels));
+}
+
+/**
+ * How much of the filling each pixel takes: nothing outside the mask, everything inside but for a ramp along its edge,
+ * about a sixteenth as wide as the hole is thick and at most 16 px.
+ */
+export function featherInwards(mask: Mask): Float32Array {
+  const weights = new Float32Array(mask.data.length);
+  const area = maskBox(mask, 1);
+  if (area === null) return weights;
+  const hole = cropMask(mask, area);
+  const ramp = new Uint8Array(hole.data.length);
+  let widest = 0;
+  for (const radius of [1, 2, 4, 8, 16]) {
+    const core = erodeMask(hole, 8 * radius);
+    if (!core.data.includes(1)) break;
+    const reach = dilateMask(core, 8 * radius).data;
+    for (let i = 0; i < ramp.length; i++) if (reach[i] && hole.data[i]) ramp[i] = radius;
+    widest = radius;
+  }
+  const distance = hole.data.slice(); // to the nearest pixel outside, in steps of a chess king
+  let inner = hole;
+  for (let step = 0; step < widest; step++) {
+    inner = erodeMask(inner, 1);
+    for (let i = 0; i < distance.length; i++) distance[i] += inner.data[i];
+  }
+  for (let y = 0, i = 0; y < hole.height; y++)
+    for (let x = 0; x < hole.width; x++, i++)
+      weights[(area[1] + y) * mask.width + area[0] + x] = Math.min(distance[i] / (ramp[i] + 1), 1);
+  return weights;
+}
+
+function halve(image: Planes): Planes {
+  const [stepY, stepX] = [Math.min(2, image.height), Math.min(2, image.width)];
+  const result = planes(image.channels, Math.ceil(image.height / stepY), Math.ceil(image.width / stepX));
+  let i = 0;
+  for (let channel = 0; channel < image.channels; channel++)
+    for (let y = 0; y < result.height; y++)
+      for (let x = 0; x < result.width; x++) {
+        let [sum, count] = [0, 0];
+        for (let row = y * stepY; row < Math.min((y + 1) * stepY, image.height); row++)
+          for (let column = x * stepX; column < Math.min((x + 1) * stepX, image.width); column++, count++)
+            sum += image.data[(channel * image.height + row) * image.width + column];
+        result.data[i++] = sum / count;
+      }
+  return result;
+}
+
+/** Bilinear interpolation, with the corners of the pictures, not of their pixels, on each other. */
+function enlarge(image: Planes, height: number, width: number): Planes {
+  const taps = (from: number, to: number) =>
+    Array.from({ length: to }, (_, i) => {
+      const position = Math.max(((i + 0.5) * from) / to - 0.5, 0);
+      const low = Math.min(Math.floor(position), from - 1);
+      return { low, high: Math.min(low + 1, from - 1), share: position - low };
+    });
+  const [rows, columns] = [taps(image.height, height), taps(image.width, width)];
+  const result = planes(image.channels, height, width);
+  let i = 0;
+  for (let channel = 0; channel < image.channels; channel++)
+    for (const row of rows) {
+      const low = (channel * image.height + row.low) * image.width;
+      const high = (channel * image.height + row.high) * image.width;
+      for (const column of columns) {
+        const above = image.data[low + column.low] * (1 - column.share) + image.data[low + column.high] * column.share;
+        const below = image.data[high + column.low] * (1 - column.share) + image.data[high + column.high] * column.share;
+        result.data[i++] = above * (1 - row.share) + below * row.share;
+      }
+    }
+  return result;
+}
+
+/**
+ * Shifts the colours of a filling inside the hole so that it meets the photo at the hole's edge without a step: the
+ * difference along the edge goes on into the hole as a membrane (Laplace's equation), by a pyramid from coarse to fine.
+ */
+export function matchEdges(fill: Planes, original: Planes, mask: Mask, sweeps = 6): Planes {
+  const area = maskBox(mask, 1);
+  if (area === null) return fill;
+  const [left, top, right, bottom] = area;
+  const hole = cropMask(mask, area);
+  const reach = dilateMask(hole, 1).data;
+  const [height, width] = [bottom - top, right - left];
+  const share = planes(1, height, width);
+  for (let i = 0; i < share.data.length; i++) share.data[i] = reach[i] && !hole.data[i] ? 1 : 0;
+  if (!share.data.includes(1)) return fill;
+
+  const at = (channel: number, i: number) =>
+    (channel * mask.height + top + Math.floor(i / width)) * mask.width + left + (i % width);
+  const values = planes(3, height, width);
+  const size = height * width;
+  for (let channel = 0; channel < 3; channel++)
+    for (let i = 0; i < size; i++)
+      if (share.data[i]) values.data[channel * size + i] = original.data[at(channel, i)] - fill.data[at(channel, i)];
+
+  const levels = [{ values, share }]; // values times how much of each pixel is on the edge, and that share
+  for (let last = levels[0]; Math.max(last.share.height, last.share.width) > 1; last = levels[levels.length - 1])
+    levels.push({ values: halve(last.values), share: halve(last.share) });
+  const coarsest = levels.pop()!;
+  let membrane: Planes = { ...coarsest.values, data: coarsest.values.data.map((value) => value / coarsest.share.data[0]) };
+  for (let level = levels.length - 1; level >= 0; level--) membrane = relax(levels[level], membrane, sweeps, level);
+
+  const result = { ...fill, data: fill.data.slice() };
+  for (let channel = 0; channel < 3; channel++)
+    for (let i = 0; i < size; i++) if (hole.data[i]) result.data[at(channel, i)] += membrane.data[channel * size + i];
+  return result;
+}
+
+function relax(known: { values: Planes; share: Planes }, coarse: Planes, sweeps: number, level: number): Planes {
+  const { values, share } = known;
+  const { height, width } = share;
+  const size = height * width;
+  let membrane = enlarge(coarse, height, width);
+  for (let channel = 0; channel < 3; channel++)
+    for (let i = 0; i < size; i++)
+      if (share.data[i] > 0) membrane.data[channel * size + i] = values.data[channel * size + i] / share.data[i];
+  let next: Planes = { ...membrane, data: membrane.data.slice() };
+  for (let sweep = 0; sweep < Math.min(sweeps * 2 ** level, 64); sweep++) {
+    for (let channel = 0; channel < 3; channel++)
+      for (let y = 0; y < height; y++) {
+        const row = (channel * height + y) * width;
+        const up = y > 0 ? -width : 0; // nothing flows across the borders
+        const down = y < height - 1 ? width : 0;
+        for (let x = 0; x < width; x++) {
+          if (share.data[y * width + x] > 0) continue;
+          const i = row + x;
+          const sides = membrane.data[x > 0 ? i - 1 : i] + membrane.data[x < width - 1 ? i + 1 : i];
+          next.data[i] = 0.25 * (membrane.data[i + up] + membrane.data[i + down] + sides);
+        }
+      }
+    [membrane, next] = [next, membrane];
+  }
+  return membrane;
+}
+
+/** Halves to the even neighbour, as NumPy rounds. */
+function rint(x: number): number {
+  const r = Math.round(x);
+  return r - x === 0.5 && r % 2 !== 0 ? r - 1 : r;
+}
+
+/**
+ * The pixels of a box with the filling in place. Outside the mask they are those of the photo.
+ *
+ * @param pixels RGBA of the whole photo
+ * @param fill the decoded picture in the box, in [0, 1]
+ * @param mask of the whole photo
+ */
+export function pasteFill(
+  pixels: Uint8ClampedArray,
+  fill: Planes,
+  original: Planes,
+  mask: Mask,
+  box: Box,
+  mode: PasteMode,
+): Uint8ClampedArray<ArrayBuffer> {
+  const [left, top, right, bottom] = box;
+  const [height, width] = [bottom - top, right - left];
+  const area = maskBox(mask, 1)!;
+  const weights = mode === 'exact' ? featherInwards(cropMask(mask, area)) : null;
+  if (mode === 'seamless') fill = matchEdges(fill, original, cropMask(mask, box));
+  const result = new Uint8ClampedArray(4 * height * width);
+  for (let y = 0; y < height; y++) {
+    const row = 4 * ((top + y) * mask.width + left);
+    result.set(pixels.subarray(row, row + 4 * width), 4 * y * width);
+    for (let x = 0; x < width; x++) {
+      if (!mask.data[(top + y) * mask.width + left + x]) continue;
+      const weight = weights ? weights[(top + y - area[1]) * (area[2] - area[0]) + left + x - area[0]] : 1;
+      for (let channel = 0; channel < 3; channel++) {
+        const i = 4 * (y * width + x) + channel;
+        const value = Math.min(Math.max(fill.data[(channel * height + y) * width + x], 0), 1);
+        result[i] = rint(weight * value * 255 + (1 - weight) * result[i]);
+      }
+    }
+  }
+  return result;
+}

@@ -1,0 +1,169 @@
+/** The cases that tests/spaces/test_browser_cases.py writes with the package's own numbers. */
+
+import { readFileSync } from 'node:fs';
+import { describe, expect, test } from 'vitest';
+import { guide, isGuided } from '../src/guidance';
+import { dilateMask, featherInwards, matchEdges, pasteFill } from '../src/paste';
+import { type ModelConfig, useFewSteps } from '../src/pipeline';
+import { NoiseSource } from '../src/random';
+import {
+  type Box,
+  type Mask,
+  type Planes,
+  cropMask,
+  cropRegion,
+  maskBox,
+  padToMultiple,
+  readBox,
+  resize,
+  resizeMask,
+  workingSize,
+} from '../src/region';
+import { type SchedulerConfig, makeScheduler } from '../src/schedulers';
+
+interface NumberArray {
+  shape: number[];
+  data: number[];
+}
+
+if (!process.env.MOEBIUS_CASES) throw new Error('pytest tests/spaces/test_browser_cases.py writes the cases and runs this.');
+// JSON of Python, whose infinite and missing numbers do not occur in the cases.
+const cases = JSON.parse(readFileSync(process.env.MOEBIUS_CASES, 'utf8'));
+
+function expectClose(given: ArrayLike<number>, expected: NumberArray, tolerance: number): void {
+  expect(given.length).toBe(expected.data.length);
+  let worst = 0;
+  for (let i = 0; i < given.length; i++) {
+    const difference = Math.abs(given[i] - expected.data[i]) / Math.max(1, Math.abs(expected.data[i]));
+    worst = difference <= worst ? worst : difference; // NaN is the worst
+  }
+  expect(worst).toBeLessThanOrEqual(tolerance);
+}
+
+const floats = (array: NumberArray) => Float32Array.from(array.data);
+const toMask = ({ data, shape: [height, width] }: NumberArray): Mask => ({ data: Uint8Array.from(data), height, width });
+const toPlanes = (array: NumberArray): Planes => {
+  const [channels, height, width] = array.shape;
+  return { data: floats(array), channels, height, width };
+};
+
+for (const { seed, start, values } of cases.noise)
+  test(`noise of seed ${seed}`, () => {
+    const source = new NoiseSource(seed);
+    source.draw(start);
+    expectClose(source.draw(values.data.length), values, 1e-6);
+  });
+
+describe('schedulers', () => {
+  for (const one of cases.schedulers)
+    test(`${one.config._class_name}, ${one.steps} steps, ${one.config.prediction_type}`, () => {
+      const scheduler = makeScheduler(one.config as SchedulerConfig, one.steps);
+      expect(scheduler.timesteps).toEqual(one.timesteps.data);
+      scheduler.begin(one.begin);
+      let latents = scheduler.addNoise(floats(one.image), floats(one.noise));
+      expectClose(latents, one.start, 1e-5);
+      for (const step of one.run) {
+        latents = scheduler.step(floats(step.prediction), latents, () => floats(step.fresh));
+        expectClose(latents, step.latents, 1e-5);
+        latents = floats(step.latents);
+      }
+    });
+
+  test('what is not known is refused', () => {
+    const config = cases.schedulers[0].config;
+    for (const change of [
+      { _class_name: 'EulerDiscreteScheduler' },
+      { beta_schedule: 'squaredcos_cap_v2' },
+      { timestep_spacing: 'random' },
+      { thresholding: true },
+      { _class_name: 'UniPCMultistepScheduler', use_karras_sigmas: true },
+      { _class_name: 'LCMScheduler', original_inference_steps: 5 },
+    ])
+      expect(() => makeScheduler({ ...config, ...change }, 20)).toThrow();
+  });
+});
+
+for (const { steps, scale, start, end, guided } of cases.guidance)
+  test(`guided of ${steps} steps from ${start} to ${end}`, () => {
+    expect(guided).toEqual(Array.from({ length: steps }, (_, i) => isGuided(i, steps, scale, start, end)));
+  });
+
+test('guidance goes away from the foreground', () => {
+  expect([...guide(Float32Array.of(1, 0), Float32Array.of(2, -1), 2.5)]).toEqual([3.5, -2.5]);
+});
+
+test('few steps', () => {
+  const expected = cases.fewSteps;
+  const config = {
+    scheduler: expected.scheduler,
+    defaults: { steps: 20, strength: 0.99, guidanceScale: 2.5, guidanceStart: 0, paste: 'exact' },
+  } as ModelConfig;
+  const { scheduler, defaults } = useFewSteps(config);
+  expect(makeScheduler(scheduler, defaults.steps).timesteps).toEqual(expected.timesteps.data);
+  expect(defaults).toMatchObject({
+    steps: expected.steps,
+    strength: expected.strength,
+    guidanceStart: expected.guidanceStart,
+  });
+  const own = { ...config, defaults: { ...config.defaults, steps: 4 } };
+  expect(useFewSteps(own)).toBe(own);
+});
+
+describe('regions', () => {
+  for (const one of cases.regions) {
+    const mask = toMask(one.mask);
+    test(`of ${mask.height} x ${mask.width} px`, () => {
+      expect(maskBox(mask, one.margin)).toEqual(one.maskBox);
+      const box = cropRegion(mask, one.margin, 16)!;
+      expect(box).toEqual(one.box);
+      const size = workingSize(box[3] - box[1], box[2] - box[0], one.native);
+      expect(size).toEqual(one.size);
+      expectClose(resizeMask(mask, ...size).data, one.resizedMask, 0);
+      expectClose(dilateMask(mask, 5).data, one.dilated, 0);
+    });
+  }
+
+  test('without a mask there is none', () => {
+    expect(cropRegion({ data: new Uint8Array(12), height: 3, width: 4 }, 2, 16)).toBeNull();
+  });
+});
+
+describe('resizing', () => {
+  for (const one of cases.resizes)
+    test(`${one.image.shape} to ${one.size}`, () => {
+      const image = toPlanes(one.image);
+      const [height, width] = one.size;
+      expectClose(resize(image, height, width).data, one.resized, 1e-5);
+      expectClose(padToMultiple(image, 16).data, one.padded, 1e-6);
+    });
+});
+
+describe('pasting', () => {
+  for (const one of cases.pastes)
+    test(`into ${one.mask.shape}`, () => {
+      const mask = toMask(one.mask);
+      const box = one.box as Box;
+      const fill = toPlanes(one.fill);
+      const pixels = new Uint8ClampedArray(4 * mask.data.length).fill(255);
+      one.photo.data.forEach((value: number, i: number) => {
+        pixels[4 * Math.floor(i / 3) + (i % 3)] = value;
+      });
+      const original = readBox(pixels, mask.width, box);
+      expectClose(featherInwards(mask), one.weights, 1e-6);
+      expectClose(matchEdges(fill, original, cropMask(mask, box)).data, one.matched, 1e-4);
+      for (const mode of ['exact', 'seamless'] as const) {
+        const patch = pasteFill(pixels, fill, original, mask, box, mode);
+        let [worst, outside] = [0, 0];
+        const width = box[2] - box[0];
+        for (let i = 0; i < patch.length; i++) {
+          const [x, y] = [box[0] + (Math.floor(i / 4) % width), box[1] + Math.floor(i / 4 / width)];
+          const expected = i % 4 === 3 ? 255 : one[mode].data[3 * (y * mask.width + x) + (i % 4)];
+          const difference = Math.abs(patch[i] - expected);
+          worst = Math.max(worst, difference);
+          if (!mask.data[y * mask.width + x]) outside = Math.max(outside, difference);
+        }
+        expect(outside).toBe(0);
+        expect(worst).toBeLessThanOrEqual(1);
+      }
+    });
+});

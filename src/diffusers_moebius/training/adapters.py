@@ -1,0 +1,112 @@
+"""LoRA adapters in training: which layers get one, and checkpoints that hold nothing else."""
+
+import argparse
+from pathlib import Path
+
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+# Projections of the attention layers, also the 1x1 convolutions around them, and of the feed-forward layers.
+TARGET_MODULES = (
+    *("to_q", "to_k", "to_v", "proj_in", "proj_out"),  # of both models
+    *("inverted_conv.conv", "point_conv.conv"),  # Mix-FFN
+    *("q_proj", "k_proj", "v_proj", "g_proj", "o_proj"),  # gated linear attention
+    *("to_out.0", "net.0.proj", "net.2"),  # softmax attention and GEGLU
+)
+CHECKPOINT_FILE = "adapter.safetensors"
+
+
+def add_lora_arguments(parser: argparse.ArgumentParser, rank: int | None) -> None:
+    add = parser.add_argument_group("LoRA").add_argument
+    whole = "" if rank is not None else "; default: no LoRA, the whole U-Net is trained"
+    add("--rank", type=int, default=rank, help=f"of the two matrices beside each layer{whole}")
+    add("--lora_alpha", type=float, help="their product is scaled by alpha / rank; default: the rank")
+    add("--lora_dropout", type=float, default=0.0, help="share of a layer's input that its adapter does not see")
+    add(
+        "--target_modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers whose names end so; default: all projections of attention and feed-forward layers",
+    )
+
+
+def check_lora_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program with a message that names the option if its value cannot be."""
+    if args.rank is not None and args.rank < 1:
+        parser.error(f"`--rank` must be at least 1, but is {args.rank}")
+    if not 0 <= args.lora_dropout < 1:
+        parser.error(f"`--lora_dropout` must be from 0 to below 1, but is {args.lora_dropout}")
+
+
+def find_target_modules(unet: nn.Module, names: list[str] | None) -> list[str]:
+    """The names, of those given or else of the default ones, in which names of layers of the model end."""
+    found = {name: [] for name in names or TARGET_MODULES}
+    for path, module in unet.named_modules():
+        for name in found:
+            if f".{path}".endswith(f".{name}"):
+                found[name].append((path, module))
+    if names is None:
+        return [name for name in found if found[name]]
+    for name, layers in found.items():
+        if not layers:
+            raise ValueError(f"`--target_modules` must name layers of {type(unet).__name__}, but {name} is none.")
+        for path, module in layers:
+            # Neither grouped convolutions nor position filters can have an adapter that can be fused.
+            if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) > 1:
+                raise ValueError(
+                    f"`--target_modules` must name linear layers and ungrouped 2-D convolutions, but {name} is also"
+                    f" {path}, a {type(module).__name__}."
+                )
+    return list(found)
+
+
+def add_adapter(args: argparse.Namespace, unet: nn.Module) -> None:
+    """Freezes a U-Net and puts an adapter beside its layers."""
+    unet.requires_grad_(False)
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=find_target_modules(unet, args.target_modules),
+        init_lora_weights="gaussian",
+    )
+    unet.add_adapter(config)
+
+
+def _adapter_weights(unet: nn.Module) -> dict:
+    return {name: weight.contiguous() for name, weight in get_peft_model_state_dict(unet).items()}
+
+
+def save_adapter(pipeline, folder: Path) -> None:
+    """Writes the adapter of a pipeline's U-Net as diffusers' pipelines load it."""
+    metadata = pipeline.unet.peft_config["default"].to_dict()
+    pipeline.save_lora_weights(folder, _adapter_weights(pipeline.unet), unet_lora_adapter_metadata=metadata)
+
+
+def checkpoint_adapter_alone(accelerator, denoiser: nn.Module) -> None:
+    """
+    Makes checkpoints hold a denoiser's adapter instead of all its weights.
+
+    These are the weights it learns, which are not those that `--use_ema` averages.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        denoiser ([`ConditionedDenoiser`]): Its U-Net has the adapter.
+    """
+
+    def remove_denoiser(models, parallel):
+        kept = [entry for model, entry in zip(models, parallel) if accelerator.unwrap_model(model) is not denoiser]
+        parallel[:] = kept
+
+    def save_state(models, weights, folder):
+        remove_denoiser(models, weights)
+        if accelerator.is_main_process:
+            save_file(_adapter_weights(denoiser.unet), Path(folder) / CHECKPOINT_FILE)
+
+    def load_state(models, folder):
+        remove_denoiser(list(models), models)
+        set_peft_model_state_dict(denoiser.unet, load_file(Path(folder) / CHECKPOINT_FILE))
+
+    accelerator.register_save_state_pre_hook(save_state)
+    accelerator.register_load_state_pre_hook(load_state)
