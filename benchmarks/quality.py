@@ -72,7 +72,7 @@ from quality_report import (
 from tqdm.auto import tqdm
 
 from diffusers_moebius.evaluation.methods import CLASSICAL, Method, blank_hole
-from diffusers_moebius.training.perceptual import LPIPS
+from diffusers_moebius.training.perceptual import ALEXNET, LPIPS
 
 PUBLISHED = ("hustvl/Moebius", "hustvl/PixelHacker")
 
@@ -148,7 +148,7 @@ def measure(sample: Sample, method: Method, seed: int, lpips: list[LPIPS]) -> tu
     picture = paste(sample.photo, result, sample.mask)
     scores = score_picture(picture, sample.photo, sample.mask)
     for network in lpips:
-        name = "lpips" if network.is_alexnet else "lpips_vgg"
+        name = "lpips" if network.layers is ALEXNET else "lpips_vgg"
         in_hole, in_picture = lpips_in_hole_and_picture(network, picture, sample.photo, sample.mask)
         scores |= {f"{name}_hole": in_hole, f"{name}_picture": in_picture}
     return scores | {"seconds": seconds}, picture
