@@ -154,3 +154,17 @@ def test_the_ring_around_a_hole_tells_whether_patches_know_what_comes():
     assert patches < 0.2 * smooth
     patches, smooth = held_out_errors(noise, hole, ~hole, seeded())
     assert patches > smooth
+
+
+def test_where_nothing_fits_the_filling_stays():
+    """Half of a face is never copied onto another thing: each block here stands once."""
+    blocks = np.random.default_rng(0).random((4, 5, 3), np.float32)
+    photo = blocks.repeat(32, 0).repeat(32, 1)
+    mask = box_mask(photo.shape[:2], 50, 40, 100, 90)
+    fill = photo.copy()
+    fill[mask] = 0.5
+    matched = paste_fill(Picture(photo, "RGB"), fill, mask, (0, 0, 160, 128), "seamless").samples
+    kept = paste_fill(
+        Picture(photo, "RGB"), add_detail(fill, region(photo, mask), generator=seeded()), mask, (0, 0, 160, 128), None
+    ).samples
+    np.testing.assert_allclose(kept, matched, atol=1e-5)

@@ -16,6 +16,9 @@ DETAIL_MODES = ("patches", "enlarged", None)
 RIM = 4
 # Share of its surroundings from which on a hole is so large that they do not say what belongs into it.
 LARGE = 0.2
+# Mean squared error of a held-out ring above which patches are of no use. On twelve removals, those that nobody would
+# keep (a shuttle, a cup, a face) had 0.031 to 0.075, all others at most 0.023.
+STRANGE = 0.03
 # Weight of a filling that leads, of one that only says where to start, and of one that was enlarged.
 LED, UNLED, ENLARGED = 0.5, 0.02, 2.0
 
@@ -361,8 +364,10 @@ def held_out_errors(
         share = _halve(known)
         image = _halve(image * known) / share.clamp(min=1e-6)
         hole, source = share[0] < 0.6, _halve(source.float()[None])[0] >= 0.6
-    ring = _grow(hole, 6) & ~hole
-    held_out = hole | ring
+    held_out = _grow(hole, 6)
+    ring = held_out & ~hole
+    if (ring & source).any():  # not what is left of an object beside its mask
+        ring = ring & source
     smooth = fill_hole(image[None], held_out[None, None].float())[0]
     smooth_error = (smooth - image)[:, ring].square().mean().item()
     if not _shrink(source & ~held_out, Settings().radius).any():
@@ -461,10 +466,10 @@ def _detail_hole(
         detailed = fill_with_patches(filled, hole, source, filled, ENLARGED, generator, settings, copy=True)
         return detailed + _blur((filled - detailed) * hole, enlargement / 2)
     smooth = fill_hole(filled[None], hole[None, None].float())[0]
-    if filling_leads(filled, hole, source, generator):
-        detailed = fill_with_patches(filled, hole, source, filled, LED, generator)
-    else:
-        detailed = fill_with_patches(filled, hole, source, smooth, UNLED, generator)
+    lead = choose_lead(filled, hole, source, generator)
+    if lead is None:
+        return filled
+    detailed = fill_with_patches(filled, hole, source, filled if lead == LED else smooth, lead, generator)
     return _soften_seam(detailed, hole)
 
 
@@ -478,18 +483,23 @@ def _soften_seam(image: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
     return image + inside * fill_hole(step[None], (~edge)[None, None].float())[0]
 
 
-def filling_leads(
+def choose_lead(
     image: torch.Tensor, hole: torch.Tensor, source: torch.Tensor, generator: torch.Generator | None = None
-) -> bool:
+) -> float | None:
     """
-    Whether the model's filling should lead the patches, by what is known of a hole.
+    How much the model's filling should lead the patches, by what is known of a hole.
 
     Args:
         image (`torch.Tensor` of shape `[3, H, W]`): Colours in [0, 1]; what is in the hole is not looked at.
         hole (`torch.Tensor` of shape `[H, W]`): Boolean.
         source (`torch.Tensor` of shape `[H, W]`): Boolean, the pixels that may be copied.
         generator (`torch.Generator`, *optional*): Source of the random search, on the CPU.
+
+    Returns:
+        `float`, *optional*: A weight for [`fill_with_patches`]; `None` where patches would copy a thing that does not
+        belong there, such as half of a face, and the filling is to stay.
     """
-    if hole.float().mean() < LARGE:
-        return False
-    return min(held_out_errors(image, hole, source, generator)) > 0.005
+    patch_error, smooth_error = held_out_errors(image, hole, source, generator)
+    if patch_error > STRANGE:
+        return None
+    return LED if hole.float().mean() >= LARGE and min(patch_error, smooth_error) > 0.005 else UNLED
