@@ -7,11 +7,19 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderTiny
 from lpips_weights import make_weights
 from PIL import Image
 from runs import UNET
 from safetensors.torch import save_file
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """Each test chooses its precision and device, though runs of several tests share a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
