@@ -1,8 +1,6 @@
 """Conversion of the release's checkpoints to folders that diffusers loads."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from .loaders.release_checkpoint import (
     make_release_scheduler,
     weight_names,
 )
+from .pictures.files import replace_folder
 from .pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 
 
@@ -69,19 +68,8 @@ def convert_release_checkpoint(
         scheduler=make_release_scheduler(),
         default_guidance_scale=default_guidance_scale(source.absolute().parent.name),
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # On the same file system, so that the finished folder gets its place by renaming.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    new, old = scratch / target.name, scratch / f"{target.name}.old"  # the model card takes its title from the name
-    try:
-        pipeline.save_pretrained(new)
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(scratch, ignore_errors=True)
+    with replace_folder(target) as folder:  # of the target's name, from which the model card takes its title
+        pipeline.save_pretrained(folder)
     return target
 
 

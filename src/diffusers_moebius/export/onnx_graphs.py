@@ -4,8 +4,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from ..loaders.model_card import hub_repository, weight_facts
 from ..models.fusion import remove_fused_adapters
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.linear_attention import GatedLinearAttention
+from ..pictures.files import replace_folder
 from .onnx_layers import prepare_unet
 from .onnx_pipeline import GRAPH_FILE, load_onnx_pipeline
 
@@ -150,20 +149,10 @@ def export_onnx(
     if target.exists() and not (target / "unet" / GRAPH_FILE).is_file():
         raise ValueError(f"`target` is only overwritten if it is an exported folder, but {target} is not.")
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    new, old = scratch / target.name, scratch / f"{target.name}.old"
-    try:
-        _write_folder(pipeline, new, dtype)
-        checks = _check_folder(pipeline, new, sizes, TOLERANCES[dtype])
-        (new / "README.md").write_text(_make_card(pipeline, new, dtype, checks), encoding="utf-8")
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(scratch, ignore_errors=True)
+    with replace_folder(target) as folder:
+        _write_folder(pipeline, folder, dtype)
+        checks = _check_folder(pipeline, folder, sizes, TOLERANCES[dtype])
+        (folder / "README.md").write_text(_make_card(pipeline, folder, dtype, checks), encoding="utf-8")
     return target
 
 

@@ -4,6 +4,8 @@ import io
 import math
 import os
 import re
+import shutil
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -261,6 +263,32 @@ def replace_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Gives a folder to write into, of the same name, that takes the place of another when the block ends.
+
+    An error leaves what was there before.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder to be replaced, or made, with its parents.
+    """
+    target = Path(path).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # On the same file system, so that the finished folder gets its place by renaming.
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    new, old = scratch / target.name, scratch / f"{target.name}.old"
+    try:
+        yield new
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def remove_leftovers(folder: str | os.PathLike):
