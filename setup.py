@@ -36,7 +36,13 @@ EXTRAS = {
         PEFT,
     ],
     "perceptual": ["elatentlpips>=0.2"],
-    "demo": [GRADIO, "opencv-python-headless>=4.10", "scikit-image>=0.24", "transformers>=4.56"],
+    "demo": [
+        GRADIO,
+        "opencv-python-headless>=4.10",
+        "pillow-heif>=0.18",
+        "scikit-image>=0.24",
+        "transformers>=4.56",
+    ],
     "eval": [
         "opencv-python-headless>=4.10",
         "scikit-image>=0.24",

@@ -94,3 +94,12 @@ def test_downloads_keep_metadata(phone_photo, tmp_path):
         assert jpeg.size == (3000, 4000)
         assert jpeg.getexif()[271] == "Camera maker" and 274 not in jpeg.getexif()
         assert jpeg.info["icc_profile"]
+
+
+def test_a_photo_of_a_phone_in_heic(photo, tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "IMG_0001.HEIC"
+    heif.from_pillow(Image.open(photo)).save(path)
+    opened = open_photo(path)
+    assert (opened.image.size, opened.metadata.format) == ((300, 200), "HEIF")
+    assert save_photo(opened, tmp_path, "JPEG").suffix == ".jpg"

@@ -1,6 +1,7 @@
 """Photos of the demo's visitors: opening uploads within limits, the scaled view to paint on, and masks for both."""
 
 import base64
+import contextlib
 import io
 import math
 from dataclasses import dataclass
@@ -12,6 +13,11 @@ from PIL import Image, ImageDraw
 
 from ..pictures.files import ImageMetadata, read_image, write_image
 from ..pictures.picture import load_pictures
+
+with contextlib.suppress(ImportError):  # not on every machine; its files are then named as what they are
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 MAX_FILE_MEGABYTES = 50
 MAX_MEGAPIXELS = 50
@@ -76,8 +82,7 @@ def open_photo(path: str | Path, name: str | None = None) -> Photo:
         raise VisitorError(f"The picture is too large; up to {MAX_MEGAPIXELS} megapixels are possible here.") from None
     except Exception:  # Decoders raise anything on broken headers.
         raise VisitorError(
-            "This file is not a picture that can be read here. JPEG, PNG, WebP and TIFF work; a HEIC photo of a phone "
-            "must be shared as JPEG."
+            "This file is not a picture that can be read here. JPEG, PNG, WebP, TIFF and HEIC, of phones, work."
         ) from None
     if width * height > MAX_MEGAPIXELS * 1e6:
         raise VisitorError(
