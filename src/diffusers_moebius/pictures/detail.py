@@ -483,6 +483,14 @@ def _soften_seam(image: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
     return image + inside * fill_hole(step[None], (~edge)[None, None].float())[0]
 
 
+def _is_thick(hole: torch.Tensor) -> bool:
+    """Whether a whole thing fits into a hole: somewhere its edge is farther than a sixteenth of the surroundings."""
+    share = hole.float()[None]
+    while max(share.shape[1:]) > 128:
+        share = _halve(share)
+    return bool((~_grow(share[0] < 0.5, max(share.shape[1:]) // 16)).any())
+
+
 def choose_lead(
     image: torch.Tensor, hole: torch.Tensor, source: torch.Tensor, generator: torch.Generator | None = None
 ) -> float | None:
@@ -500,6 +508,6 @@ def choose_lead(
         belong there, such as half of a face, and the filling is to stay.
     """
     patch_error, smooth_error = held_out_errors(image, hole, source, generator)
-    if patch_error > STRANGE:
+    if patch_error > STRANGE and _is_thick(hole):
         return None
     return LED if hole.float().mean() >= LARGE and min(patch_error, smooth_error) > 0.005 else UNLED
