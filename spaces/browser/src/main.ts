@@ -125,7 +125,10 @@ function stop(): void {
   tell('stopped');
 }
 
-function run(): void {
+let maskReading: Promise<void> = Promise.resolve(); // that of a large photo takes a while
+
+async function run(): Promise<void> {
+  await maskReading;
   const mask = editor.readMask();
   if (!mask.data.includes(1)) return tell('nothingMarked');
   clearTimeout(idle);
@@ -250,11 +253,11 @@ async function start(): Promise<void> {
       if (file) act(file);
     });
   onFile('photo', openFile);
-  onFile('mask', async (file) => {
-    const bitmap = await createImageBitmap(file).catch(() => null);
-    if (!bitmap) tell('noPhoto');
-    else if (!editor.importMask(bitmap)) tell('maskSize');
-    else forgetResults();
+  onFile('mask', (file) => {
+    maskReading = createImageBitmap(file).then(
+      (bitmap) => (editor.importMask(bitmap) ? forgetResults() : tell('maskSize')),
+      () => tell('noPhoto'),
+    );
   });
   document.addEventListener('paste', (event) => {
     const file = [...(event.clipboardData?.files ?? [])].find(({ type }) => type.startsWith('image/'));
