@@ -76,8 +76,8 @@ class Visitor:
         mask = "data:image/png;base64," + base64.b64encode(png(layer)).decode()
         marked = json.dumps({"photo": photo_id, "mask": mask})
         start = time.monotonic()
-        # As the page sends them, with the model's own settings.
-        options = ["", "", "", 0, True, 1, "", 50, False, "auto"]
+        # As the page sends them; the edge margin is 0, so that the mask is the hole.
+        options = ["", "", "", 0, True, 1, "0", 50, False, "auto"]
         self.queued("_run", None, marked, self.model, *options)
         seconds = time.monotonic() - start
         result_id = photo_id + 1
