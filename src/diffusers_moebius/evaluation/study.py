@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..pictures.mask import dilate_mask
 from .methods import Method, blank_hole
 
 CONSENT = (
@@ -122,7 +123,7 @@ def make_study(
     cases, key = [], {}
     for index, (name, photo, mask) in enumerate(photos):
         blanked = blank_hole(photo, mask)
-        shown = _save(np.where((mask & ~_shrunk(mask))[..., None], np.uint8([255, 64, 64]), blanked), pictures)
+        shown = _save(np.where((mask & dilate_mask(~mask, 2))[..., None], np.uint8([255, 64, 64]), blanked), pictures)
         options = {}
         for method_name, method in methods.items():
             result = method(blanked.copy(), mask.copy(), name, seed + index)
@@ -149,12 +150,6 @@ def _save(picture: np.ndarray, folder: Path) -> str:
     name = f"{secrets.token_hex(8)}.png"
     Image.fromarray(picture).save(folder / name)
     return name
-
-
-def _shrunk(mask: np.ndarray, pixels: int = 2) -> np.ndarray:
-    from ..pictures.mask import dilate_mask
-
-    return ~dilate_mask(~mask, pixels)
 
 
 class Study:
