@@ -498,7 +498,7 @@ def test_a_picture_from_the_camera(visit):
     visitor.page.wait_for_function("document.querySelector('#photo video')?.readyState === 4")
     visitor.page.get_by_role("button", name="capture photo").click()
     visitor.wait_for_photo()
-    assert int(visitor.status.inner_text().partition("×")[0]) >= 640
+    assert int(re.search(r"(\d+)×", visitor.status.inner_text())[1]) >= 640
 
 
 def test_empty_settings_are_the_models_own(visit, photo):
