@@ -74,13 +74,13 @@ def test_facts_are_saved_and_scores_belong_to_unchanged_weights(tmp_path):
     load_bundled().save_pretrained(tmp_path / "copy")
     copy = MoebiusInpaintPipeline.from_pretrained(tmp_path / "copy")
     assert weight_facts(copy) == weight_facts(load_bundled())
-    assert "| `nano` | " in (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
+    assert "| PSNR in the hole" in (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
     with torch.no_grad():
         next(copy.unet.parameters()).add_(1)
     copy.save_pretrained(tmp_path / "further")
     card = ModelCard.load(tmp_path / "further" / "README.md")
     assert card.data.eval_results is None
-    assert "| `nano` |" not in card.text and "CC-BY-4.0" in card.text and "trained further" in card.text
+    assert "PSNR in the hole" not in card.text and "CC-BY-4.0" in card.text and "trained further" in card.text
     again = MoebiusInpaintPipeline.from_pretrained(tmp_path / "further")
     assert str(make_model_card(again, "further")).count("changed or trained further") == 1
 
@@ -94,7 +94,7 @@ def test_facts_come_along_from_a_repository(hub, tmp_path, subfolder):
         assert weight_facts(loaded) == weight_facts(bundled)
     loaded.push_to_hub("else/copy")
     card = hub.repositories["else/copy"].files("main")["README.md"].decode()
-    assert "| `nano` | " in card and "model-index" in card
+    assert "| PSNR in the hole" in card and "model-index" in card
 
 
 def test_a_file_of_the_same_name_is_left_alone(tiny_pipeline, tmp_path):
