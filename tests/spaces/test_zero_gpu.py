@@ -81,7 +81,8 @@ print(json.dumps(spaces.events))
 def test_app(tmp_path, pipeline_folder, zero_gpu):
     (tmp_path / "spaces.py").write_text(SPACES)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MOEBIUS", "SPACES"))}
-    environment |= {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment |= {"SPACES_ZERO_GPU": "true"} if zero_gpu else {}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(APP), str(pipeline_folder)],

@@ -70,12 +70,3 @@ EXAMPLES = (
         ((400, 0, 436, 0, 462, 45, 462, 175, 478, 215, 478, 290, 350, 290, 348, 190, 370, 40),),
     ),
 )
-
-
-def available_examples() -> tuple[Example, ...]:
-    """The examples, or none where scikit-image is not installed."""
-    try:
-        import skimage.data  # noqa: F401
-    except ImportError:
-        return ()
-    return EXAMPLES

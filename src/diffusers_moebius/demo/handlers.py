@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import gradio as gr
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..pictures.mask import dilate_mask, fit_mask, mask_box, removal_dilation
-from .examples import available_examples
+from .examples import EXAMPLES
 from .inpainting import Settings, Step, generate, set_shelf
 from .models import ModelShelf, on_zero_gpu
 from .photos import Photo, VisitorError, painted_mask, picture_url, save_photo
@@ -76,10 +77,13 @@ class Demo:
     def __init__(self, model: str | None = None, selector: str | None = None):
         self.shelf = ModelShelf(model)
         self.selector = ObjectSelector(selector)
-        self.examples = available_examples()
+        self.examples = EXAMPLES if find_spec("skimage") else ()
         set_shelf(self.shelf)
-        if on_zero_gpu():
-            self.shelf.preload()
+        # ZeroGPU moves to its GPU only what was put on `cuda` before the page is served. What cannot be loaded now is
+        # in the log, and is tried again when a visitor asks for it.
+        with contextlib.suppress(VisitorError):
+            if on_zero_gpu():
+                self.shelf.get(self.shelf.resolve(self.shelf.default))
 
     def open(self, photo: Photo, mask: np.ndarray | None = None) -> tuple[Session, dict]:
         """Begins with a photo, and says what the editor shows."""
@@ -135,12 +139,10 @@ class Demo:
             photo_id (`int`): Id of the version to go on from.
             mask (`np.ndarray` of shape `[h, w]`): Boolean, in any size of the photo's shape.
             model (`str`): Name on the page's list, or a repository.
-            steps (`float` or `str`, *optional*): Denoising steps; those of the model by default.
-            guidance (`float` or `str`, *optional*): Guidance scale; that of the model by default.
+            steps, guidance (`float` or `str`, *optional*): Denoising steps and guidance scale; by default the model's.
             seed (`float`, defaults to 0): Seed of the first candidate; those of the others follow it.
             count (`float`, defaults to 1): Candidates.
-            edge_margin (`float` or `str`, *optional*): Pixels of the photo by which the mask grows; by default by its
-                size.
+            edge_margin (`float` or `str`, *optional*): Pixels by which the mask grows; by default by the photo's size.
             context (`float`, defaults to 50): Surroundings that the model sees, in percent of the mask's longer side.
             color_compensation (`bool`, defaults to `False`): Match the filling's colours to those around it.
             detail (`str`, defaults to `"auto"`): One of the values of `DETAILS`.

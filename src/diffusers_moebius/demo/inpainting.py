@@ -23,7 +23,10 @@ from .photos import Photo, VisitorError
 try:  # On ZeroGPU Spaces a GPU is lent to the functions that are marked.
     from spaces import GPU
 except ImportError:  # also of the folder of that name in a checkout of this project
-    GPU = None
+
+    def GPU(duration):
+        return lambda function: function
+
 
 # About so many previews a run; each costs a small part of a step.
 PREVIEWS = 6
@@ -74,14 +77,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """
-    A step that is done.
-
-    Args:
-        number (`int`): Its number, from 1.
-        total (`int`): Steps of the run.
-        preview (`PIL.Image.Image`, *optional*): The photo as it is about to be, in the size of the view.
-    """
+    """A step that is done, counted from 1, perhaps with the view of the photo as it is about to be."""
 
     number: int
     total: int
@@ -101,15 +97,7 @@ def set_shelf(shelf: ModelShelf) -> None:
     _shelf = shelf
 
 
-def _gpu_seconds(photo, mask, settings, stop_flag) -> int:
-    return 20 + settings.steps
-
-
-def _on_gpu(function):
-    return function if GPU is None else GPU(duration=_gpu_seconds)(function)
-
-
-@_on_gpu
+@GPU(duration=lambda photo, mask, settings, stop_flag: 20 + settings.steps)
 def generate(photo: Photo, mask: np.ndarray, settings: Settings, stop_flag: str) -> Iterator[Step | Image.Image]:
     """
     Fills the mask.
@@ -182,12 +170,6 @@ class Preview:
 
     Decoding takes longer than a step: a linear map from latents to colours is fitted to the photo around the hole, of
     which both are known.
-
-    Args:
-        pipeline (`MoebiusInpaintPipeline`): The pipeline that runs.
-        photo (`Photo`): The photo.
-        mask (`np.ndarray` of shape `[H, W]`): Boolean.
-        settings (`Settings`): The settings.
     """
 
     def __init__(self, pipeline: MoebiusInpaintPipeline, photo: Photo, mask: np.ndarray, settings: Settings):
@@ -208,15 +190,7 @@ class Preview:
     def __call__(
         self, timestep: torch.Tensor, latents: torch.Tensor, masked_image_latents: torch.Tensor, show: bool
     ) -> Image.Image | None:
-        """
-        Notes the latents of a step, and shows them if asked to.
-
-        Args:
-            timestep (`torch.Tensor`): Timestep of the step that is done.
-            latents (`torch.Tensor` of shape `[1, 4, h, w]`): Latents after it.
-            masked_image_latents (`torch.Tensor` of shape `[1, 4, h, w]`): Latents of the photo without the hole.
-            show (`bool`): Whether a picture is wanted.
-        """
+        """Notes the latents `[1, 4, h, w]` that a step has left, and shows them if asked to."""
         before, self.latents = self.latents, latents
         if not show:
             return None

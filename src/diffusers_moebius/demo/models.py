@@ -63,13 +63,6 @@ class ModelShelf:
         """Source and checkpoint folder of a model on the list, or of any repository."""
         return self.sources.get(name) or parse_repository(name)
 
-    def preload(self) -> None:
-        """Loads the first model. ZeroGPU moves to its GPU only what was put on `cuda` before the page is served."""
-        try:
-            self.get(self.sources[self.default])
-        except VisitorError:  # in the log already; it is tried again when a visitor asks for it
-            logger.warning("the page is served without the model %s", self.default)
-
 
 def parse_repository(text: str) -> tuple[str, str | None]:
     """

@@ -47,10 +47,6 @@ def status_text(text: str, step: int = 0, total: int = 0) -> str:
     return f'<div><span role="status" aria-live="polite">{html.escape(text)}</span>{bar}</div>'
 
 
-def duration(seconds: float) -> str:
-    return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} min"
-
-
 def tell(do: str, **values) -> dict:
     """A command for the editor; its number makes it another than the one before, which would be no news."""
     return {"do": do, "number": random.random(), **values}
@@ -157,7 +153,6 @@ class Page:
         # Not `input`, which neither the camera nor the clipboard's button is.
         self.upload.change(self._open_upload, self.upload, opened, **DIRECT)
         self.gallery.select(self._open_example, None, opened, **DIRECT)
-        self.editor.select(lambda: status_text("Looking for what is there…"), None, self.status, **DIRECT)
         self.editor.select(self._select, self.state, [self.editor, self.status], **DIRECT)
         for control in margins:
             control.input(None, margins, None, js=SET_MARGINS, **DIRECT)
@@ -269,7 +264,7 @@ class Page:
         step, left = value
         text = f"Step {step.number} of {step.total}"
         if 2 <= step.number < step.total:
-            text += f", about {duration(left)} left"
+            text += f", about {max(1, round(left))} s left" if left < 90 else f", about {round(left / 60)} min left"
         update = {self.status: status_text(text, step.number, step.total)}
         if step.preview is not None:
             update[self.editor] = tell("preview", url=picture_url(step.preview))
@@ -310,10 +305,9 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
     Builds the page.
 
     Args:
-        model (`str`, *optional*): The model that is chosen at first: `"nano"`, a repository on the hub, a pipeline
-            folder; the environment variable `MOEBIUS_DEMO_MODEL`, or the bundled model, if not given.
-        selector (`str`, *optional*): Repository or folder of the SAM 2 model of click to select;
-            `facebook/sam2.1-hiera-tiny` if not given.
+        model (`str`, *optional*): The model that is chosen at first; see [`ModelShelf`].
+        selector (`str`, *optional*): Repository or folder of the SAM 2 model of click to select; see
+            [`ObjectSelector`].
 
     Returns:
         `gradio.Blocks`: The page; [`launch_demo`] serves it with the limits and looks that belong to it.

@@ -21,7 +21,6 @@ with contextlib.suppress(ImportError):  # not on every machine; its files are th
 
 MAX_FILE_MEGABYTES = 50  # which gradio sees to
 MAX_MEGAPIXELS = 50
-MIN_SIDE = 16
 # Browsers of phones handle a canvas of this size; the photo itself stays on the server as it came.
 VIEW_SIDE = 1280
 
@@ -81,8 +80,6 @@ def open_photo(path: str | Path, name: str | None = None) -> Photo:
         raise VisitorError(
             f"The picture has {width * height / 1e6:.0f} megapixels; up to {MAX_MEGAPIXELS} are possible here."
         )
-    if min(width, height) < MIN_SIDE:
-        raise VisitorError(f"The picture is {width}×{height} pixels; each side needs at least {MIN_SIDE}.")
     try:
         image, metadata = read_image(path)
     except ValueError as error:

@@ -94,12 +94,7 @@ class ObjectSelector:
 
     @torch.no_grad()
     def embed(self, view: Image.Image) -> list[torch.Tensor]:
-        """
-        What the model needs to know of a picture, once for all clicks.
-
-        Args:
-            view (`PIL.Image.Image`): RGB.
-        """
+        """What the model needs to know of an RGB picture, once for all clicks."""
         model = self._load()
         side = _side(model)
         pixels = np.asarray(view.resize((side, side), Image.Resampling.BILINEAR), np.float32) / 255
@@ -109,7 +104,7 @@ class ObjectSelector:
     @torch.no_grad()
     def select(self, embeddings: list[torch.Tensor], size: tuple[int, int], point: tuple[float, float]) -> np.ndarray:
         """
-        The object under a point.
+        The object under a point: of the model's three guesses the one that it trusts most.
 
         Args:
             embeddings (`list[torch.Tensor]`): From [`embed`].
@@ -117,7 +112,7 @@ class ObjectSelector:
             point (`tuple[float, float]`): x and y in its pixels.
 
         Returns:
-            `np.ndarray` of shape `[height, width]`, boolean: of the model's three guesses the one that it trusts most.
+            `np.ndarray` of shape `[height, width]`, boolean.
         """
         model = self._load()
         side = _side(model)

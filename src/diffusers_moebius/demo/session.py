@@ -51,17 +51,15 @@ class Session:
         self.embeddings: tuple[int, list] | None = None  # of which version, for clicks
         self._directory = tempfile.TemporaryDirectory(prefix="moebius-demo-", ignore_cleanup_errors=True)
         self.folder = Path(self._directory.name)
-        self.stop_flag = self.begin_run()
+        self.begin_run()
         self.keep(Version(photo))
 
     def keep(self, version: Version) -> int:
         """Keeps a version, and lets go of the oldest removals if all together are too large; returns its id."""
         version_id = next(self._ids)
         self.versions[version_id] = version
-        while (
-            len(self.versions) > 2
-            and sum(np.prod(each.photo.image.size) for each in self.versions.values()) > MAX_KEPT_MEGAPIXELS * 1e6
-        ):
+        width, height = version.photo.image.size  # which all of them have
+        while len(self.versions) > max(2, MAX_KEPT_MEGAPIXELS * 1e6 / (width * height)):
             del self.versions[list(self.versions)[1]]
         return version_id
 

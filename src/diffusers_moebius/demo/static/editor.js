@@ -345,6 +345,7 @@ export function createEditor(root, { onNote, onSelect }) {
     if (kind === "select") {
       const isClick = Math.hypot(last[0] - from[0], last[1] - from[1]) < 4 / zoom;
       const scribble = isClick ? null : draftCanvas.toDataURL("image/png");
+      onNote("Looking for what is there…");
       return onSelect({ photo: shown().id, point: from, scribble, erase });
     }
     draft.clearRect(0, 0, width, height);
