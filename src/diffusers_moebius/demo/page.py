@@ -14,11 +14,12 @@ from .api import add_api
 from .handlers import DEFAULT_CONTEXT, DETAILS, MAX_CANDIDATES, MAX_STEPS, MIN_CONTEXT_PIXELS, Demo, friendly
 from .models import FULL, FULL_GIGABYTES, NANO
 from .photos import MAX_FILE_MEGABYTES, MAX_MEGAPIXELS, VisitorError, open_photo, painted_mask, picture_url
-from .session import Session, delete_upload
+from .session import Session, call_glibc, delete_upload
 
 # What a visitor leaves behind is deleted when the page is closed, and after so many seconds in any case.
 SESSION_SECONDS = 3600
 MAX_WAITING = 64
+M_ARENA_MAX = -8  # of malloc.h
 
 STATIC = Path(__file__).with_name("static")
 
@@ -346,6 +347,8 @@ def launch_demo(
     Raises:
         ValueError: If the port is in use.
     """
+    # One pool of memory for all threads, which come and go: what is free in the others is never given back.
+    call_glibc("mallopt", M_ARENA_MAX, 1)
     page = build_demo(model, selector)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=4)
     try:
