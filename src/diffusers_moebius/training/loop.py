@@ -18,9 +18,9 @@ from accelerate.utils import DistributedType, ProjectConfiguration, gather_objec
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from .batch_norm import set_train_mode
 from .checkpoints import checkpoint_step, complete_checkpoint, find_checkpoint, partial_checkpoint
 from .data import TrainingBatches
 from .objective import sample_generators
@@ -162,6 +162,12 @@ class TrainingLoop:
     def load_state_dict(self, state: dict) -> None:
         self.skipped, self._data_states = state["skipped"], state.get("data")
 
+    def _set_train_mode(self) -> None:
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm) and self.args.freeze_batch_norm:
+                module.eval()
+
     def _with_generators(self, first_batch: int) -> Iterator[tuple[dict, list[torch.Generator]]]:
         """Batches on the device with the generators of their samples."""
         accelerator, size = self.accelerator, self.args.train_batch_size
@@ -173,7 +179,7 @@ class TrainingLoop:
     def batches(self, dataset) -> Iterator[tuple[dict, list[torch.Generator]]]:
         """Yields batches with the generators of their samples until all steps are done or a stop is requested."""
         args = self.args
-        set_train_mode(self.model, args.freeze_batch_norm)
+        self._set_train_mode()
         self._progress = tqdm(initial=self.step, total=args.max_train_steps, disable=not self.is_main, mininterval=10)
         with self._progress, self._stopping_at_signals():
             first_batch = self.step * args.gradient_accumulation_steps
@@ -374,7 +380,7 @@ class TrainingLoop:
             try:
                 yield model
             finally:
-                set_train_mode(self.model, self.args.freeze_batch_norm)
+                self._set_train_mode()
 
     def log_images(self, images: dict, step: int) -> None:
         """Sends pictures (PIL) to the trackers that take some."""

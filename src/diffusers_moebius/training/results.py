@@ -5,15 +5,18 @@ import logging
 import shlex
 import sys
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from matplotlib.figure import Figure
+from torch import nn
+from torch.optim.swa_utils import update_bn
+from tqdm.auto import tqdm
 
 from ..loaders.model_card import PAPER, hub_repository
 from ..models.fusion import adapter_layers
 from .adapters import has_adapter, save_adapter
-from .batch_norm import recalibrate_batch_norm
 from .checkpoints import list_checkpoints
 from .data import describe_dataset
 from .loop import TrainingLoop
@@ -181,6 +184,17 @@ def save_parts(pipeline, folder: Path) -> None:
     pipeline.scheduler.save_pretrained(folder / "scheduler")
 
 
+class _OfNoised(nn.Module):
+    """A denoiser as a function of one argument, a `NoisedBatch`."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, noised):
+        return self.model(noised.model_input, noised.timesteps, noised.category_ids)
+
+
 def write_results(loop: TrainingLoop, pipeline, dataset, scores: dict[str, float], noise=None) -> None:
     """
     Writes the pipeline or the adapter of a finished run, averaged, with its model card, and uploads it if asked to.
@@ -198,13 +212,9 @@ def write_results(loop: TrainingLoop, pipeline, dataset, scores: dict[str, float
     """
     args = loop.args
     with loop.averaged_weights() as model:
-
-        def forward(number):
-            noised = noise(*next(loop.upcoming))
-            model(noised.model_input, noised.timesteps, noised.category_ids)
-
         if not args.freeze_batch_norm:
-            recalibrate_batch_norm(model, forward, RECALIBRATION_BATCHES)
+            batches = (noise(*batch) for batch in islice(loop.upcoming, RECALIBRATION_BATCHES))
+            update_bn(tqdm(batches, "BatchNorm statistics", RECALIBRATION_BATCHES, mininterval=5), _OfNoised(model))
         if not loop.is_main:
             return
         if has_adapter(pipeline.unet):
