@@ -5,9 +5,10 @@
         --train_shards_path_or_url "shards/photos-*.tar" --resolution 512 --mixed_precision bf16 \\
         --method consistency --rank 16 --learning_rate 1e-4 --output_dir runs/few-step
 
-`consistency` is latent consistency distillation (arXiv 2310.04378): the student is to see the same clean latents from
-a point of the teacher's guided path and from the point one solver step earlier. `adversarial` adds a discriminator on
-the teacher's features of re-noised latents (arXiv 2403.12015), which sees the hole and its surroundings.
+`consistency` is latent consistency distillation (arXiv 2310.04378) in as many phases as the result takes steps (arXiv
+2405.18407): from a point of the teacher's guided path and from the point one solver step earlier the student is to
+arrive at the same end of the phase. `adversarial` adds a discriminator on the teacher's features of re-noised latents
+(arXiv 2403.12015), which sees the hole and its surroundings.
 
 What comes out runs by itself in `--num_inference_steps` steps without guidance: `pipe(image, mask)`. An interrupted
 run (Ctrl-C, SIGTERM, a crash) goes on with `--resume_from_checkpoint latest`.

@@ -234,8 +234,8 @@ def test_sources_that_are_missing_or_do_not_mix_are_refused(photo_dir, metadata,
         open_data(16)
     with pytest.raises(ValueError, match="cannot be mixed"):
         open_data(16, train_data_dir=[photo_dir], train_shards_path_or_url=["https://example.org/a.tar"])
-    with pytest.raises(ValueError, match="`train_data_dir`"):
-        open_data(16, train_data_dir=[shard])
+    with pytest.raises(ValueError, match=r"`sources` must name folders or tar shards.*elsewhere"):
+        open_data(16, train_data_dir=[photo_dir / "elsewhere"])
     with pytest.raises(ValueError, match=r"no `\*`"):
         open_data(16, train_shards_path_or_url=["https://example.org/*.tar"])
     with pytest.raises(ValueError, match="`sources`"):

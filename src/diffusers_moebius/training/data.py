@@ -161,9 +161,6 @@ def open_pictures(
             )
         shards = [path for shard in shards for path in expand_shards(shard)]
         return StreamedPictureDataset(shards, cropper, args.shuffle_buffer_size, process_index, num_processes)
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise ValueError(f"`train_data_dir` must be folders, but {str(folder)!r} is none.")
     records = list_pictures([*folders, *shards]) + [record for path in metadata for record in read_metadata(path)]
     if args.dataset_name:
         records += read_table(args.dataset_name, args.dataset_config_name, args.dataset_split, args.image_column)

@@ -1,4 +1,10 @@
-"""WebDataset tar shards as streams, from disk or by URL: read once from front to back, never stored whole."""
+"""
+WebDataset tar shards as streams, from disk or by URL: read once from front to back, never stored whole.
+
+`datasets` opens the shards and StatefulDataLoader keeps the place of every worker. What is ours is the loop over the
+members of a shard: that of `datasets` ends at the first broken shard and resumes a shuffled stream without what was in
+its buffer, and `webdataset` keeps no place at all.
+"""
 
 import logging
 import tarfile
