@@ -50,14 +50,12 @@ def make(
     Example:
       moebius study make --methods nano --methods patchmatch --methods telea --photos photos/ -o study/
     """
-    from ..evaluation.methods import make_method, read_settings
+    from ..evaluation.methods import make_method, read_settings, split_names
     from ..evaluation.study import key_path, make_study, photos_of
 
     sections = read_settings(settings) if settings else None
-    named = [method.partition("=") if "=" in method else (method, "=", method) for method in methods]
-    made = {name: make_method(spec, sections, choose_device(device)) for name, _, spec in named}
-    if len(made) < len(named):
-        raise ValueError(f"`--methods` must be different ones, but are {', '.join(methods)}.")
+    named = split_names(methods)
+    made = {name: make_method(method, sections, choose_device(device)) for name, method in named.items()}
     count = make_study(photos_of(photos, limit, seed), made, output, layout.value, seed)
     note(f"{count} cases; {key_path(output)} says which filling is whose: keep it from those who answer")
     print(output)
