@@ -135,6 +135,7 @@ def measure_efficiency(method: PipelineMethod, resolution: int = 512, repeats: i
     def fill():
         method(picture, mask, "", 0)
 
+    denoiser.requires_grad_(False)  # the counter of multiply-adds looks for gradients where there are none
     watch = Stopwatch(denoiser)
     fill()
     args, kwargs = watch.arguments
