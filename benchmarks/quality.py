@@ -142,7 +142,8 @@ def measure_methods(
     output: Path | None = None,
 ) -> dict:
     """Scores all methods on one photo, as `summarise` takes it; `output` is a folder for the pictures."""
-    scores, pictures = {}, {"photo": sample.photo, "input": blank_hole(sample.photo, sample.mask)}
+    scores = {}
+    pictures = {"photo": sample.photo, "input": blank_hole(sample.photo, sample.mask), "mask": sample.mask}
     for name, method in methods.items():
         scores[name], pictures[name] = measure(sample, method, seed, lpips)
     picture = {"index": index, "name": sample.name, "mask": sample.kind, "mask_area": float(sample.mask.mean())}
@@ -200,7 +201,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=int, help="number of photos, spread evenly over the data; default: all")
     add("--resolution", type=int, help="for `custom`: resize to this shorter side before anything else")
     add("--results", help="folder for the scores of each picture and the report; an interrupted run goes on")
-    add("--output", help="folder for the pictures METHOD/NAME.png; `gallery.py` shows them")
+    add("--output", help="folder for the pictures METHOD/NAME.png and input, mask and photo")
     add("--json", dest="json_file", help="file for settings, means and the scores of each picture")
     add("--seed", type=int, default=0)
     add("--device", help="default: CUDA if it is there, else the CPU; a GPU for each process")

@@ -41,7 +41,7 @@ def decode_features(text: str) -> np.ndarray:
 
 
 def picture_path(folder: Path, method: str, name: str) -> Path:
-    """Where a method's picture of a photo lies; the photo itself is that of `photo`, with its hole that of `input`."""
+    """Where a method's picture of a photo lies, or for `photo`, `input` and `mask` those."""
     return folder / re.sub(r"[^\w.,=-]+", "-", method) / f"{name}.png"
 
 

@@ -36,10 +36,13 @@ def make(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the study, which must not exist.")],
     settings: Annotated[
         Path | None,
-        typer.Option(exists=True, help="TOML with a section a pipeline of diffusers: repository, call, load."),
+        typer.Option(exists=True, help="TOML with a section a pipeline: repository, call, load."),
     ] = None,
     layout: Annotated[Layout, typer.Option(help="All fillings of a photo at once, or each two.")] = Layout.rows,
     limit: Annotated[int | None, typer.Option(min=1, help="Photos, drawn by the seed.", show_default="all")] = None,
+    dilate: Annotated[
+        bool, typer.Option("--dilate", help="Grow masks by the paper's rule, over the rims of objects to remove.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the fillings, the order and the draw.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps; auto takes an accelerator.")] = "auto",
 ) -> None:
@@ -56,7 +59,7 @@ def make(
     sections = read_settings(settings) if settings else None
     named = split_names(methods)
     made = {name: make_method(method, sections, choose_device(device)) for name, method in named.items()}
-    count = make_study(photos_of(photos, limit, seed), made, output, layout.value, seed)
+    count = make_study(photos_of(photos, limit, seed, dilate), made, output, layout.value, seed)
     note(f"{count} cases; {key_path(output)} says which filling is whose: keep it from those who answer")
     print(output)
 
