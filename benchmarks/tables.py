@@ -34,6 +34,7 @@ import torch
 from efficiency import COLUMNS, count_literal_multiply_adds, format_value
 from quality_report import FORMATS, METRICS
 
+from diffusers_moebius.evaluation.methods import read_toml
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,14 +61,9 @@ def read_table(paths: list[str]) -> tuple[str, dict[str, dict]]:
     Raises:
         ValueError: If there are no rows, or entries that are not known.
     """
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-
     table = {}
     for path in paths:
-        table = merge(table, tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        table = merge(table, read_toml(path))
     title, rows = table.pop("title", ""), table.pop("rows", {})
     if not rows:
         raise ValueError(f"`files` must have rows, but {', '.join(map(str, paths))} have none.")

@@ -53,13 +53,16 @@ def make(
     Example:
       moebius study make --methods nano --methods patchmatch --methods telea --photos photos/ -o study/
     """
+    from tqdm import tqdm
+
     from ..evaluation.methods import make_method, read_settings, split_names
     from ..evaluation.study import key_path, make_study, photos_of
 
     sections = read_settings(settings) if settings else None
     named = split_names(methods)
     made = {name: make_method(method, sections, choose_device(device)) for name, method in named.items()}
-    count = make_study(photos_of(photos, limit, seed, dilate), made, output, layout.value, seed)
+    shown = tqdm(photos_of(photos, limit, seed, dilate), unit="photo", disable=None)
+    count = make_study(shown, made, output, layout.value, seed)
     note(f"{count} cases; {key_path(output)} says which filling is whose: keep it from those who answer")
     print(output)
 

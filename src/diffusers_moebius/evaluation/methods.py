@@ -128,6 +128,16 @@ class Settings:
             raise ValueError(f"`pipeline` must be diffusers or moebius, but is {self.pipeline!r}.")
 
 
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Reads a TOML file."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+
+    return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def read_settings(path: str | Path) -> dict[str, Settings]:
     """
     Reads the sections of a TOML file, each with `repository` and perhaps `pipeline` and the tables `call` and `load`.
@@ -135,13 +145,8 @@ def read_settings(path: str | Path) -> dict[str, Settings]:
     Raises:
         ValueError: If a section has other entries or no repository.
     """
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-
     sections = {}
-    for name, section in tomllib.loads(Path(path).read_text(encoding="utf-8")).items():
+    for name, section in read_toml(path).items():
         unknown = set(section) - {"repository", "call", "load", "pipeline"}
         if unknown or "repository" not in section:
             raise ValueError(
