@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import ExifTags, Image, ImageCms
 
-from diffusers_moebius import __version__, convert_release_checkpoint
+from diffusers_moebius import __version__, convert_release_checkpoint, loaders
 from diffusers_moebius.cli import main
 from diffusers_moebius.loaders import hub
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
@@ -187,6 +187,7 @@ def test_options_reach_the_pipeline(moebius, folder, model, monkeypatch):
 
 @pytest.mark.parametrize(("options", "used"), [([], "UniPCMultistep"), (["--scheduler", "dpm"], "DPMSolverMultistep")])
 def test_fast_takes_few_steps_with_prepared_weights(moebius, folder, model, monkeypatch, options, used):
+    monkeypatch.setattr(loaders, "TINY_AUTOENCODER", str(folder))  # where none is
     calls = []
 
     def record(self, **kwargs):
