@@ -654,6 +654,6 @@ def test_tiny_decoder_of_other_latents_is_refused(tiny_pipeline):
     tiny = AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, latent_channels=16
     )
-    with pytest.raises(ValueError, match="`tiny_vae`.* 4 channels.* 16"):
+    with pytest.raises(ValueError, match=r"`tiny_vae`.* 4 channels.* 16"):
         tiny_pipeline.use_tiny_decoder(tiny)
     assert tiny_pipeline.tiny_vae is None
