@@ -1,6 +1,6 @@
 /** How a filling comes back into its photo: exact outside the mask, without a seam along its edge. */
 
-import { type Box, type Mask, type Planes, cropMask, maskBox, planes } from './region';
+import { type Box, type Mask, type Planes, cropMask, enlarge, halve, maskBox, planes, roundHalfEven } from './region';
 
 export type PasteMode = 'exact' | 'seamless';
 
@@ -22,12 +22,12 @@ export function dilateMask(mask: Mask, pixels: number): Mask {
   return { data, height, width };
 }
 
-function invert(mask: Mask): Mask {
+export function invert(mask: Mask): Mask {
   return { ...mask, data: mask.data.map((value) => 1 - value) };
 }
 
 /** Shrinks a mask; what lies outside of the picture takes nothing away. */
-function erodeMask(mask: Mask, pixels: number): Mask {
+export function erodeMask(mask: Mask, pixels: number): Mask {
   return invert(dilateMask(invert(mask), pixels));
 }
 
@@ -59,46 +59,6 @@ export function featherInwards(mask: Mask): Float32Array {
     for (let x = 0; x < hole.width; x++, i++)
       weights[(area[1] + y) * mask.width + area[0] + x] = Math.min(distance[i] / (ramp[i] + 1), 1);
   return weights;
-}
-
-function halve(image: Planes): Planes {
-  const [stepY, stepX] = [Math.min(2, image.height), Math.min(2, image.width)];
-  const result = planes(image.channels, Math.ceil(image.height / stepY), Math.ceil(image.width / stepX));
-  let i = 0;
-  for (let channel = 0; channel < image.channels; channel++)
-    for (let y = 0; y < result.height; y++)
-      for (let x = 0; x < result.width; x++) {
-        let [sum, count] = [0, 0];
-        for (let row = y * stepY; row < Math.min((y + 1) * stepY, image.height); row++)
-          for (let column = x * stepX; column < Math.min((x + 1) * stepX, image.width); column++, count++)
-            sum += image.data[(channel * image.height + row) * image.width + column];
-        result.data[i++] = sum / count;
-      }
-  return result;
-}
-
-/** Bilinear interpolation, with the corners of the pictures, not of their pixels, on each other. */
-function enlarge(image: Planes, height: number, width: number): Planes {
-  const taps = (from: number, to: number) =>
-    Array.from({ length: to }, (_, i) => {
-      const position = Math.max(((i + 0.5) * from) / to - 0.5, 0);
-      const low = Math.min(Math.floor(position), from - 1);
-      return { low, high: Math.min(low + 1, from - 1), share: position - low };
-    });
-  const [rows, columns] = [taps(image.height, height), taps(image.width, width)];
-  const result = planes(image.channels, height, width);
-  let i = 0;
-  for (let channel = 0; channel < image.channels; channel++)
-    for (const row of rows) {
-      const low = (channel * image.height + row.low) * image.width;
-      const high = (channel * image.height + row.high) * image.width;
-      for (const column of columns) {
-        const above = image.data[low + column.low] * (1 - column.share) + image.data[low + column.high] * column.share;
-        const below = image.data[high + column.low] * (1 - column.share) + image.data[high + column.high] * column.share;
-        result.data[i++] = above * (1 - row.share) + below * row.share;
-      }
-    }
-  return result;
 }
 
 /**
@@ -164,12 +124,6 @@ function relax(known: { values: Planes; share: Planes }, coarse: Planes, sweeps:
   return membrane;
 }
 
-/** Halves to the even neighbour, as NumPy rounds. */
-function rint(x: number): number {
-  const r = Math.round(x);
-  return r - x === 0.5 && r % 2 !== 0 ? r - 1 : r;
-}
-
 /**
  * The pixels of a box with the filling in place. Outside the mask they are those of the photo.
  *
@@ -200,7 +154,7 @@ export function pasteFill(
       for (let channel = 0; channel < 3; channel++) {
         const i = 4 * (y * width + x) + channel;
         const value = Math.min(Math.max(fill.data[(channel * height + y) * width + x], 0), 1);
-        result[i] = rint(weight * value * 255 + (1 - weight) * result[i]);
+        result[i] = roundHalfEven(weight * value * 255 + (1 - weight) * result[i]);
       }
     }
   }
