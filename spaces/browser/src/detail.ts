@@ -3,10 +3,10 @@
  * docs/detail.md describes the method.
  */
 
-import { dilateMask, invert, matchEdges } from './paste';
+import { dilateMask, invert, matchEdges, membrane } from './paste';
 import { SETTINGS, type Multiply, type Tools, asPlanes, blur, both, count, fillWithPatches, halveKnown, isMost, shrink, threshold, without } from './patches';
 import { TorchGenerator } from './random';
-import { type Box, type Mask, type Planes, cropMask, cropPlanes, fillHole, halve, maskBox, planes, readBox } from './region';
+import { type Box, type Mask, type Planes, cropMask, cropPlanes, fillHole, halve, maskBox, readBox } from './region';
 
 export type DetailMode = 'patches' | 'enlarged' | null;
 
@@ -57,25 +57,6 @@ async function chooseLead(image: Planes, hole: Mask, source: Mask, tools: Tools)
   return isLarge && Math.min(patchError, smoothError) > 0.005 ? LED : UNLED;
 }
 
-/** Shifts the hole's colours where they differ a little from those around it; large steps are edges of things. */
-function softenSeam(image: Planes, hole: Mask): Planes {
-  const size = hole.data.length;
-  const [inside, outside] = [hole, invert(hole)].map((part) => {
-    const sums = blur({ ...image, data: image.data.map((value, i) => value * part.data[i % size]) }, 2);
-    const shares = blur(asPlanes(part), 2);
-    return sums.data.map((value, i) => value / Math.max(shares.data[i % size], 1e-4));
-  });
-  const step = planes(3, hole.height, hole.width);
-  for (let i = 0; i < size; i++) {
-    const [r, g, b] = [0, 1, 2].map((channel) => outside[channel * size + i] - inside[channel * size + i]);
-    const weight = Math.exp(-(r * r + g * g + b * b) / (2 * 0.1 ** 2));
-    [step.data[i], step.data[size + i], step.data[2 * size + i]] = [r * weight, g * weight, b * weight];
-  }
-  const edge = without(dilateMask(hole, 1), hole);
-  const shift = fillHole(step, invert(edge));
-  return { ...image, data: image.data.map((value, i) => (hole.data[i % size] ? value + shift.data[i] : value)) };
-}
-
 /** One hole of a filled picture; without `enlargement` it is decided how much the filling leads. */
 async function detailHole(
   filled: Planes,
@@ -97,8 +78,19 @@ async function detailHole(
   }
   const lead = await chooseLead(filled, hole, source, { ...tools, onWork: undefined });
   if (lead === null) return filled;
-  const guide = lead === LED ? filled : fillHole(filled, hole);
-  return softenSeam(await fillWithPatches(filled, hole, source, guide, lead, tools), hole);
+  const guide = lead === LED ? filled : membrane(filled, hole);
+  const detailed = await fillWithPatches(filled, hole, source, guide, lead, tools);
+  // The guide is right about low frequencies where it differs a little: patches drift. Large differences are things.
+  const difference = { ...filled, data: guide.data.map((value, i) => value - detailed.data[i]) };
+  const low = blur(difference, Math.max(hole.height, hole.width) / 64).data;
+  const size = hole.data.length;
+  for (let i = 0; i < size; i++) {
+    if (!hole.data[i]) continue;
+    const [r, g, b] = [low[i], low[size + i], low[2 * size + i]];
+    const weight = Math.exp(-(r * r + g * g + b * b) / (2 * 0.1 ** 2));
+    for (let j = i; j < 3 * size; j += size) detailed.data[j] += weight * low[j];
+  }
+  return detailed;
 }
 
 /** Boxes of holes that are farther from each other than about `reach` pixels, each with the mask in a box. */

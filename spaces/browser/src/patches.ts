@@ -10,14 +10,16 @@ export const SETTINGS = {
   radius: 3,
   components: 24,
   texture: 3,
-  position: [0.5, 0.25],
+  position: [1, 0.5],
   leadSigma: 8,
   thin: 5,
   iterations: [4, 8],
   exact: 50_000_000,
   searchPixels: 800_000,
-  gamma: 1.6,
-  quantile: 0.75,
+  mean: 0.1,
+  shift: 0.1,
+  gamma: 2,
+  spread: 13,
 };
 export type Settings = typeof SETTINGS;
 
@@ -179,10 +181,13 @@ class Scale {
   private readonly valid: Uint8Array;
   private readonly sources: Int32Array;
   private readonly queries: Int32Array;
+  private readonly index: Int32Array; // of each position among the queries, or -1
   private readonly match: Int32Array;
   private readonly distance: Float32Array;
+  private readonly shift: Float32Array; // of the mean colours, three for each query
   private readonly trust: Float32Array;
-  private readonly scales: [number, number, number]; // of the guide's colours and of the position, down and across
+  /** Weights of mean colours, of the guide's colours, and of the position, down and across. */
+  private readonly weights: [number, number, number, number];
   private basis = new Float32Array();
   /** Features of the sources: that of a pixel has the row `rows[pixel]`. */
   private sourceFeatures = new Float32Array();
@@ -204,22 +209,25 @@ class Scale {
     this.sources = indices(this.valid);
     const isQuery = dilateMask(hole, radius);
     this.queries = indices(isQuery.data);
+    this.index = new Int32Array(data.length).fill(-1);
+    this.queries.forEach((pixel, query) => (this.index[pixel] = query));
     this.match = this.randomSources(this.queries.length);
     this.distance = new Float32Array(this.queries.length);
+    this.shift = new Float32Array(3 * this.queries.length);
     const depth = depths(isQuery, 24);
     this.trust = Float32Array.from(this.queries, (query) => gamma ** -depth[query]);
     const side = 2 * radius + 1;
     const pull = (side * contrastOf(image, hole)) / Math.max(height, width);
-    this.scales = [side, position[0] * pull, position[1] * pull];
+    this.weights = [side * Math.sqrt(settings.mean), side, position[0] * pull, position[1] * pull];
   }
 
   private randomSources(count: number): Int32Array {
     return Int32Array.from(this.tools.random.integers(this.sources.length, count), (index) => this.sources[index]);
   }
 
-  /** Components, colours of the guide, row and column; zeros up to a multiple of four. */
+  /** Mean colours, components, colours of the guide, row and column; zeros up to a multiple of four. */
   private get featureCount(): number {
-    return 4 * Math.ceil((this.settings.components + 5) / 4);
+    return 4 * Math.ceil((this.settings.components + 8) / 4);
   }
 
   private get isExact(): boolean {
@@ -232,6 +240,11 @@ class Scale {
     const inner = this.image.channels * (2 * radius + 1) ** 2;
     const sample = this.randomSources(4096);
     const patches = this.readPatches(interleave(this.image, radius), sample);
+    for (let patch = 0; patch < patches.length; patch += inner)
+      for (let channel = 0; channel < 3; channel++) {
+        const mean = this.meanOf(patches, patch, channel);
+        for (let i = patch + channel; i < patch + inner; i += this.image.channels) patches[i] -= mean;
+      }
     const turned = new Float32Array(patches.length);
     for (let j = 0; j < inner; j++) {
       let mean = 0;
@@ -246,7 +259,7 @@ class Scale {
     let features = await this.features(this.image, this.sources);
     let order = this.sources;
     if (this.isExact) {
-      // Sorted by the first component, so that a search can end where this alone is farther than the best.
+      // Sorted by the first feature, so that a search can end where this alone is farther than the best.
       const ranks = new Uint32Array(order.length).map((_, i) => i).sort((i, j) => features[i * size] - features[j * size]);
       const sorted = new Float32Array(features.length);
       ranks.forEach((rank, row) => sorted.set(features.subarray(rank * size, (rank + 1) * size), row * size));
@@ -272,11 +285,18 @@ class Scale {
     return patches;
   }
 
-  /** What patches are compared by, `[pixels, features]`. */
+  private meanOf(patches: Float32Array, start: number, channel: number): number {
+    const pixels = (2 * this.settings.radius + 1) ** 2;
+    let sum = 0;
+    for (let i = 0; i < pixels; i++) sum += patches[start + i * this.image.channels + channel];
+    return sum / pixels;
+  }
+
+  /** What patches are compared by, `[pixels, features]`: their mean colours come first. */
   private async features(image: Planes, pixels: Int32Array): Promise<Float32Array<ArrayBuffer>> {
     const { components, radius } = this.settings;
     const [size, area] = [this.featureCount, this.height * this.width];
-    const [color, down, across] = this.scales;
+    const [mean, color, down, across] = this.weights;
     const padded = interleave(image, radius);
     const result = new Float32Array(pixels.length * size);
     for (let start = 0; start < pixels.length; start += BLOCK) {
@@ -286,10 +306,11 @@ class Scale {
       const products = await this.tools.multiply(patches, this.basis, shape);
       for (let i = 0; i < part.length; i++) {
         const at = (start + i) * size;
-        for (let j = 0; j < components; j++) result[at + j] = products[i * components + j];
-        for (let j = 0; j < 3; j++) result[at + components + j] = color * this.guide.data[j * area + part[i]];
-        result[at + components + 3] = down * Math.floor(part[i] / this.width);
-        result[at + components + 4] = across * (part[i] % this.width);
+        for (let j = 0; j < 3; j++) result[at + j] = mean * this.meanOf(patches, i * shape.inner, j);
+        for (let j = 0; j < components; j++) result[at + 3 + j] = products[i * components + j];
+        for (let j = 0; j < 3; j++) result[at + components + 3 + j] = color * this.guide.data[j * area + part[i]];
+        result[at + components + 6] = down * Math.floor(part[i] / this.width);
+        result[at + components + 7] = across * (part[i] % this.width);
       }
     }
     return result;
@@ -321,6 +342,15 @@ class Scale {
         this.propagate(features);
         this.draw(features);
       }
+    const size = this.featureCount;
+    const most = this.settings.shift;
+    for (let query = 0; query < this.queries.length; query++) {
+      const source = this.rows[this.match[query]] * size;
+      for (let j = 0; j < 3; j++) {
+        const difference = (features[query * size + j] - this.sourceFeatures[source + j]) / this.weights[0];
+        this.shift[3 * query + j] = Math.min(Math.max(difference, -most), most);
+      }
+    }
   }
 
   private searchAll(features: Float32Array): void {
@@ -356,20 +386,13 @@ class Scale {
     if (distance < this.distance[query]) [this.match[query], this.distance[query]] = [candidate, distance];
   }
 
-  /** The matches of all pixels, -1 where there is none. */
-  private field(): Int32Array {
-    const field = new Int32Array(this.valid.length).fill(-1);
-    this.queries.forEach((pixel, query) => (field[pixel] = this.match[query]));
-    return field;
-  }
-
   /** Tries what the neighbours copy, shifted. */
   private propagate(features: Float32Array): void {
     for (const delta of [1, -1, this.width, -this.width]) {
-      const field = this.field();
+      const before = this.match.slice();
       for (let query = 0; query < this.queries.length; query++) {
-        const neighbour = field[Math.min(Math.max(this.queries[query] + delta, 0), field.length - 1)];
-        if (neighbour >= 0) this.improve(features, query, neighbour - delta);
+        const neighbour = this.index[Math.min(Math.max(this.queries[query] + delta, 0), this.index.length - 1)];
+        if (neighbour >= 0) this.improve(features, query, before[neighbour] - delta);
       }
     }
   }
@@ -396,15 +419,13 @@ class Scale {
    * `copy` by the one that fits best.
    */
   vote(copy = false): Planes {
-    const { height, width, queries, distance } = this;
-    const { radius, quantile } = this.settings;
+    const { height, width, distance, index, match, shift } = this;
+    const { radius, spread } = this.settings;
     const { channels } = this.image;
     const area = height * width;
     const every = Math.floor(distance.length / 10_000) + 1;
-    const spread = Math.max(quantileOf(distance.filter((_, i) => i % every === 0), quantile), 1e-8);
-    const weights = new Float32Array(area);
-    queries.forEach((pixel, i) => (weights[pixel] = Math.exp(-distance[i] / (2 * spread)) * this.trust[i] + 1e-12));
-    const field = this.field();
+    const ordinary = Math.max(upperQuartile(distance.filter((_, i) => i % every === 0)), 1e-8);
+    const weights = distance.map((value, i) => Math.exp(-value / (spread * ordinary)) * this.trust[i] + 1e-12);
     const colors = interleave(this.image, 0);
     const result = { ...this.image, data: this.image.data.slice() };
     const total = new Float64Array(channels);
@@ -417,15 +438,17 @@ class Scale {
           for (let right = -radius; right <= radius; right++) {
             const isInside = y >= down && y - down < height && x >= right && x - right < width;
             const delta = isInside ? down * width + right : 0;
-            const weight = weights[pixel - delta];
-            const from = (field[pixel - delta] + delta) * channels;
-            if (!copy) {
-              sum += weight;
-              for (let channel = 0; channel < channels; channel++) total[channel] += weight * colors[from + channel];
-            } else if (weight > sum) {
-              sum = weight;
-              for (let channel = 0; channel < channels; channel++) total[channel] = weight * colors[from + channel];
+            const query = index[pixel - delta];
+            const weight = weights[query];
+            const from = (match[query] + delta) * channels;
+            if (copy) {
+              if (weight <= sum) continue;
+              total.fill(0);
+              sum = 0;
             }
+            sum += weight;
+            for (let channel = 0; channel < channels; channel++) total[channel] += weight * colors[from + channel];
+            for (let channel = 0; channel < 3; channel++) total[channel] += weight * shift[3 * query + channel];
           }
         for (let channel = 0; channel < channels; channel++) result.data[channel * area + pixel] = total[channel] / sum;
       }
@@ -435,17 +458,16 @@ class Scale {
   /** Takes over the matches of the next coarser scale. */
   adopt(coarse: Scale): void {
     const { height, width } = this;
-    const field = coarse.field();
-    const distances = new Float32Array(field.length);
-    coarse.queries.forEach((pixel, query) => (distances[pixel] = coarse.distance[query]));
     this.queries.forEach((pixel, query) => {
       const [y, x] = [Math.floor(pixel / width), pixel % width];
-      const place = (y >> 1) * coarse.width + (x >> 1);
-      const match = field[place];
+      const own = coarse.index[(y >> 1) * coarse.width + (x >> 1)];
+      const place = own >= 0 ? own : coarse.queries.length - 1;
+      const match = coarse.match[place];
       const row = Math.min(2 * Math.floor(match / coarse.width) + (y % 2), height - 1);
       const column = Math.min(2 * (match % coarse.width) + (x % 2), width - 1);
-      if (match >= 0 && this.valid[row * width + column]) this.match[query] = row * width + column;
-      this.distance[query] = distances[place];
+      if (own >= 0 && this.valid[row * width + column]) this.match[query] = row * width + column;
+      this.distance[query] = coarse.distance[place];
+      this.shift.set(coarse.shift.subarray(3 * place, 3 * place + 3), 3 * query);
     });
   }
 }
@@ -470,9 +492,9 @@ function contrastOf(image: Planes, hole: Mask): number {
   return contrast;
 }
 
-function quantileOf(values: Float32Array, quantile: number): number {
+function upperQuartile(values: Float32Array): number {
   values.sort();
-  const position = quantile * (values.length - 1);
+  const position = 0.75 * (values.length - 1);
   const low = Math.floor(position);
   return values[low] + (position - low) * (values[Math.min(low + 1, values.length - 1)] - values[low]);
 }
@@ -535,7 +557,9 @@ export async function fillWithPatches(
   for (let level = levels.length - 1; level >= 0; level--) {
     const one = levels[level];
     const coarse: Scale | null = scale;
-    scale = new Scale(one.image, one.hole, one.source, one.low, settings, tools);
+    // Coarse scales decide what stands where, so that their colours are taken as they are.
+    const local = level < 2 ? settings : { ...settings, mean: 1, shift: 0 };
+    scale = new Scale(one.image, one.hole, one.source, one.low, local, tools);
     let estimate: Planes | null = null;
     if (coarse === null) {
       estimate = fillHole(scale.image, one.hole);

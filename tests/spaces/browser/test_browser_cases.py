@@ -282,7 +282,8 @@ def camel(settings):
 def detail_cases():
     random = np.random.default_rng(4)
     cases = []
-    for mode, native, margin in [("patches", 256, 20), ("patches", 64, 64), ("enlarged", 64, 30), ("enlarged", 256, 8)]:
+    modes = [("patches", 256, 20), ("patches", 64, 64), ("enlarged", 64, 30), ("enlarged", 256, 8)]
+    for mode, native, margin in modes:
         photo = textured(random, 120, 150)
         mask = np.zeros((120, 150), bool)
         mask[20:45, 30:58] = True
