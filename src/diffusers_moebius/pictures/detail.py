@@ -178,10 +178,13 @@ class _Scale:
         query_features = self.features(estimate)[self.queries]
         if len(self.queries) * len(self.sources) <= self.settings.exact:
             source_features = self.source_features[self.sources]
+            center = source_features.mean(0)  # around zero the products are exact enough for a close call
+            source_features = source_features - center
             norms = source_features.square().sum(1)
             rows = max(1, 10_000_000 // len(self.sources))
             nearest = [
-                torch.addmm(norms, part, source_features.T, alpha=-2).argmin(1) for part in query_features.split(rows)
+                torch.addmm(norms, part, source_features.T, alpha=-2).argmin(1)
+                for part in (query_features - center).split(rows)
             ]
             self.match = self.sources[torch.cat(nearest)]
         self.distance = (query_features - self.source_features[self.match]).square().sum(1)
