@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
+from diffusers_moebius import loaders
 from diffusers_moebius.loaders import hub
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
@@ -34,6 +35,7 @@ def test_schedulers(moebius, folder, model, scheduler, monkeypatch):
 
 @pytest.mark.parametrize(("options", "used"), [([], "UniPCMultistep"), (["--scheduler", "dpm"], "DPMSolverMultistep")])
 def test_fast_takes_few_steps_with_prepared_weights(moebius, folder, model, monkeypatch, options, used):
+    monkeypatch.setattr(loaders, "TINY_AUTOENCODER", str(folder))  # where none is
     calls = []
 
     def record(self, **kwargs):
