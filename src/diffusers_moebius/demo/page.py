@@ -33,6 +33,11 @@ MARKED = "(...values) => [values[0], JSON.stringify(window.moebiusEditor?.marked
 SET_MARGINS = (
     f"(grow, percent) => {{ window.moebiusEditor?.setMargins(grow, percent, {MIN_CONTEXT_PIXELS}); return []; }}"
 )
+# Said before the server is told, whose answer may come after the run's last word.
+STOPPING = """(...values) => {
+  document.querySelector("#status [role=status]").textContent = "Stopping…";
+  return values;
+}"""
 # Fonts by name alone: gradio's own themes would fetch theirs from another server.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 THEME_FONTS = {"font": FONTS, "font_mono": ["ui-monospace", "Menlo", "Consolas", "monospace"]}
@@ -173,7 +178,7 @@ class Page:
             api_visibility="private",
         )
         # Not cancelled by gradio, whose cancelling may arrive so late that it ends the next run instead.
-        self.stop.click(self._stop, self.state, self.status, **DIRECT)
+        self.stop.click(self._stop, self.state, None, js=STOPPING, **DIRECT)
         closed = list(dict.fromkeys([*opened, *idle]))
         self.restart.click(self._start_again, self.state, closed, cancels=[running], **DIRECT)
         # The file is written when it is asked for: a PNG of a large photo takes seconds.
@@ -289,7 +294,6 @@ class Page:
     @friendly()
     def _stop(self, session):
         _opened(session).stop()
-        return status_text("Stopping…")
 
     @friendly()
     def _write(self, session, marked, file_format):
