@@ -35,8 +35,8 @@ from diffusers_moebius.models import multiply_adds
 # Key, head of the column, factor and format.
 COLUMNS = (
     ("parameters", "parameters", 1e-6, "{:.2f} M"),
-    ("multiply_adds", "multiply-adds an evaluation", 1e-9, "{:.2f} G"),
-    ("multiply_adds_literal", "by the literal formulas", 1e-9, "{:.2f} G"),
+    ("multiply_adds", "multiply-adds", 1e-9, "{:.2f} G"),
+    ("multiply_adds_literal", "multiply-adds, literal", 1e-9, "{:.2f} G"),
     ("step_seconds", "ms a step", 1e3, "{:.2f}"),
     ("steps", "steps", 1, "{:.0f}"),
     ("total_seconds", "total s", 1, "{:.2f}"),
