@@ -203,6 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"`--{name}` must be at least 1, but is {getattr(args, name)}")
     settings = None if args.settings is None else read_settings(args.settings)
     call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    call = {key: value for key, value in call.items() if value is not None}
     rows = {}
     for name, spec in split_names(args.method).items():
         method = make_method(spec, settings, args.device, getattr(torch, args.dtype), **call)
