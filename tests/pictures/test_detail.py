@@ -44,6 +44,17 @@ def test_a_texture_that_repeats_is_continued():
     np.testing.assert_array_equal(result[~mask], photo[~mask])
 
 
+def test_a_texture_that_grows_darker_goes_on_doing_so_inside():
+    """No two places have the same brightness, so that copied patches have to be corrected."""
+    photo, mask = 0.5 * stripes(160, 160), box_mask((160, 160), 0, 50, 160, 110)
+    photo += np.linspace(0, 0.5, 160, dtype=np.float32)[:, None, None]
+    result = add_detail(np.full_like(photo, 0.5), region(photo, mask), generator=seeded())
+    difference = torch.from_numpy((result - photo)[50:110]).permute(2, 0, 1)
+    assert difference.square().mean() < 0.2 * photo[mask].var(0).mean()
+    bands = torch.nn.functional.avg_pool2d(difference, 12).mean(2)  # over whole periods, by rows
+    assert bands.abs().max() < 0.02
+
+
 def test_the_seed_decides():
     random = np.random.default_rng(0)
     photo, mask = random.random((120, 140, 3), np.float32), box_mask((120, 140), 40, 40, 100, 90)

@@ -119,10 +119,29 @@ def test_resumed_run_ends_with_the_same_weights(script, command, tmp_path, metho
 def test_a_student_of_a_consistent_teacher_learns_to_match_its_path(script, command, tmp_path):
     """Trained on, the loss falls: the student gets nearer to its own earlier point on the teacher's path."""
     out = tmp_path / "out"
-    options = ["--max_train_steps=40", "--learning_rate=3e-3", "--loss_type=l2", "--lr_warmup_steps=1"]
+    options = ["--max_train_steps=40", "--learning_rate=3e-3", "--loss_type=l2", "--num_inference_steps=1"]
     script.main([*command, *options, f"--output_dir={out}", f"--cache_latents={tmp_path / 'cache'}"])
     losses = [float(row["loss"]) for row in read_log(out)]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_the_teachers_guided_result_is_approached(script, command, photo_dir, tmp_path):
+    """With a phase for each step of the teacher, whose guided steps are then the targets themselves."""
+
+    def train(num_steps):
+        out = tmp_path / f"after-{num_steps}"
+        steps = [f"--{name}={num_steps}" for name in ("max_train_steps", "validation_steps")]
+        steps += [f"--{name}=4" for name in ("num_solver_steps", "num_inference_steps", "teacher_inference_steps")]
+        options = ["--loss_type=l2", "--lr_scheduler=linear", "--teacher_guidance_scale=2.5"]
+        folders = [f"--validation_data={photo_dir}", f"--output_dir={out}", f"--cache_latents={tmp_path / 'cache'}"]
+        script.main([*command, *steps, *options, *folders])
+        psnr = json.loads((out / f"validation-{num_steps}.json").read_text())["student, 4: PSNR to teacher"]
+        return psnr, [float(row["loss"]) for row in read_log(out)]
+
+    before, _ = train(1)
+    after, losses = train(100)
+    assert sum(losses[-20:]) < 0.3 * sum(losses[:20])
+    assert after > before + 3
 
 
 def test_other_kinds_of_teachers(script, command, vae_dir, tmp_path):
@@ -155,6 +174,7 @@ def test_two_processes_are_one_with_the_doubled_batch(command, tmp_path, method)
     ("options", "named"),
     [
         (["--num_solver_steps=30"], "--num_solver_steps"),
+        (["--num_inference_steps=3"], "--num_inference_steps"),
         (["--teacher_guidance_scale", "1", "2", "3"], "--teacher_guidance_scale"),
         (["--prediction_type=epsilon"], "--prediction_type"),
         (["--rank=0"], "--rank"),

@@ -175,6 +175,12 @@ async function run(): Promise<void> {
         tell('step', { candidate: candidate + 1, candidates, done, total });
         break;
       }
+      case 'detail': {
+        const { candidate, candidates, share } = message;
+        progress.value = share;
+        tell('stepDetail', { candidate: candidate + 1, candidates, percent: Math.round(100 * share) });
+        break;
+      }
       case 'patch':
         addResult(message.patch);
         break;
@@ -197,6 +203,7 @@ async function run(): Promise<void> {
     mask,
     steps: number('steps'),
     guidanceScale: number('guidance'),
+    detail: input('detail').value === 'none' ? null : (input('detail').value as 'auto' | 'patches'),
     margin: Math.max(number('context') ?? 64, 0),
     seeds: Array.from({ length: count }, (_, i) => (seed + i) >>> 0),
     fast: input('fast').checked,

@@ -1,5 +1,6 @@
 /** What the page and its worker say to each other. */
 
+import type { DetailMode } from './detail';
 import type { Mask } from './region';
 import type { Patch } from './pipeline';
 
@@ -10,6 +11,7 @@ export interface RunRequest {
   /** Empty fields are the model's own. */
   steps: number | null;
   guidanceScale: number | null;
+  detail: DetailMode | 'auto';
   margin: number;
   seeds: number[];
   fast: boolean;
@@ -22,6 +24,7 @@ export type WorkerMessage =
   | { kind: 'starting'; device: 'wasm' | 'webgpu'; threads: number }
   | { kind: 'fallback'; reason: string }
   | { kind: 'step'; candidate: number; candidates: number; done: number; total: number }
+  | { kind: 'detail'; candidate: number; candidates: number; share: number }
   | { kind: 'patch'; patch: Patch; seed: number }
   | { kind: 'finished'; seconds: number }
   | { kind: 'failed'; what: 'file' | 'model' | 'run'; detail: string };

@@ -1,5 +1,6 @@
 /** Exported models: what is in their folders, loaded once and kept by the browser. */
 
+import type { DetailMode } from './detail';
 import type { ModelConfig } from './pipeline';
 import type { PasteMode } from './paste';
 
@@ -58,6 +59,7 @@ export async function loadModel(url: string): Promise<Model> {
       strength: index.default_strength ?? 0.99,
       guidanceScale: index.default_guidance_scale ?? 2.5,
       guidanceStart: index.default_guidance_start ?? 0,
+      detail: (index.default_detail === undefined ? 'enlarged' : index.default_detail) as DetailMode,
       paste: (index.default_paste === 'seamless' ? 'seamless' : 'exact') as PasteMode,
     },
   };

@@ -1,6 +1,6 @@
 /** How a filling comes back into its photo: exact outside the mask, without a seam along its edge. */
 
-import { type Box, type Mask, type Planes, cropMask, maskBox, planes } from './region';
+import { type Box, type Mask, type Planes, cropMask, cropPlanes, enlarge, halve, maskBox, planes, roundHalfEven } from './region';
 
 export type PasteMode = 'exact' | 'seamless';
 
@@ -22,12 +22,12 @@ export function dilateMask(mask: Mask, pixels: number): Mask {
   return { data, height, width };
 }
 
-function invert(mask: Mask): Mask {
+export function invert(mask: Mask): Mask {
   return { ...mask, data: mask.data.map((value) => 1 - value) };
 }
 
 /** Shrinks a mask; what lies outside of the picture takes nothing away. */
-function erodeMask(mask: Mask, pixels: number): Mask {
+export function erodeMask(mask: Mask, pixels: number): Mask {
   return invert(dilateMask(invert(mask), pixels));
 }
 
@@ -61,93 +61,35 @@ export function featherInwards(mask: Mask): Float32Array {
   return weights;
 }
 
-function halve(image: Planes): Planes {
-  const [stepY, stepX] = [Math.min(2, image.height), Math.min(2, image.width)];
-  const result = planes(image.channels, Math.ceil(image.height / stepY), Math.ceil(image.width / stepX));
-  let i = 0;
-  for (let channel = 0; channel < image.channels; channel++)
-    for (let y = 0; y < result.height; y++)
-      for (let x = 0; x < result.width; x++) {
-        let [sum, count] = [0, 0];
-        for (let row = y * stepY; row < Math.min((y + 1) * stepY, image.height); row++)
-          for (let column = x * stepX; column < Math.min((x + 1) * stepX, image.width); column++, count++)
-            sum += image.data[(channel * image.height + row) * image.width + column];
-        result.data[i++] = sum / count;
-      }
-  return result;
-}
-
-/** Bilinear interpolation, with the corners of the pictures, not of their pixels, on each other. */
-function enlarge(image: Planes, height: number, width: number): Planes {
-  const taps = (from: number, to: number) =>
-    Array.from({ length: to }, (_, i) => {
-      const position = Math.max(((i + 0.5) * from) / to - 0.5, 0);
-      const low = Math.min(Math.floor(position), from - 1);
-      return { low, high: Math.min(low + 1, from - 1), share: position - low };
-    });
-  const [rows, columns] = [taps(image.height, height), taps(image.width, width)];
-  const result = planes(image.channels, height, width);
-  let i = 0;
-  for (let channel = 0; channel < image.channels; channel++)
-    for (const row of rows) {
-      const low = (channel * image.height + row.low) * image.width;
-      const high = (channel * image.height + row.high) * image.width;
-      for (const column of columns) {
-        const above = image.data[low + column.low] * (1 - column.share) + image.data[low + column.high] * column.share;
-        const below = image.data[high + column.low] * (1 - column.share) + image.data[high + column.high] * column.share;
-        result.data[i++] = above * (1 - row.share) + below * row.share;
-      }
-    }
-  return result;
-}
-
 /**
- * Shifts the colours of a filling inside the hole so that it meets the photo at the hole's edge without a step: the
- * difference along the edge goes on into the hole as a membrane (Laplace's equation), by a pyramid from coarse to fine.
+ * Continues what lies around a hole into it as a membrane that is fixed at the hole's edge (Laplace's equation), by a
+ * pyramid from coarse to fine; in a hole without an edge it is 0.
  */
-export function matchEdges(fill: Planes, original: Planes, mask: Mask, sweeps = 6): Planes {
-  const area = maskBox(mask, 1);
-  if (area === null) return fill;
-  const [left, top, right, bottom] = area;
-  const hole = cropMask(mask, area);
-  const reach = dilateMask(hole, 1).data;
-  const [height, width] = [bottom - top, right - left];
-  const share = planes(1, height, width);
-  for (let i = 0; i < share.data.length; i++) share.data[i] = reach[i] && !hole.data[i] ? 1 : 0;
-  if (!share.data.includes(1)) return fill;
-
-  const at = (channel: number, i: number) =>
-    (channel * mask.height + top + Math.floor(i / width)) * mask.width + left + (i % width);
-  const values = planes(3, height, width);
+export function membrane(values: Planes, hole: Mask, sweeps = 6): Planes {
+  const { channels, height, width } = values;
   const size = height * width;
-  for (let channel = 0; channel < 3; channel++)
-    for (let i = 0; i < size; i++)
-      if (share.data[i]) values.data[channel * size + i] = original.data[at(channel, i)] - fill.data[at(channel, i)];
+  const reach = dilateMask(hole, 1).data;
+  const share = { ...planes(1, height, width), data: Float32Array.from(reach, (value, i) => value - hole.data[i]) };
+  const edge: Planes = { ...values, data: values.data.map((value, i) => (share.data[i % size] ? value : 0)) };
 
-  const levels = [{ values, share }]; // values times how much of each pixel is on the edge, and that share
+  const levels: { values: Planes; share: Planes }[] = [{ values: edge, share }]; // values times how much of each pixel is on the edge, and that share
   for (let last = levels[0]; Math.max(last.share.height, last.share.width) > 1; last = levels[levels.length - 1])
     levels.push({ values: halve(last.values), share: halve(last.share) });
-  const coarsest = levels.pop()!;
-  let membrane: Planes = { ...coarsest.values, data: coarsest.values.data.map((value) => value / coarsest.share.data[0]) };
-  for (let level = levels.length - 1; level >= 0; level--) membrane = relax(levels[level], membrane, sweeps, level);
-
-  const result = { ...fill, data: fill.data.slice() };
-  for (let channel = 0; channel < 3; channel++)
-    for (let i = 0; i < size; i++) if (hole.data[i]) result.data[at(channel, i)] += membrane.data[channel * size + i];
-  return result;
+  let filled = planes(channels, 1, 1);
+  for (let level = levels.length - 1; level >= 0; level--) filled = relax(levels[level], filled, sweeps, level);
+  return { ...values, data: values.data.map((value, i) => (hole.data[i % size] ? filled.data[i] : value)) };
 }
 
 function relax(known: { values: Planes; share: Planes }, coarse: Planes, sweeps: number, level: number): Planes {
   const { values, share } = known;
-  const { height, width } = share;
+  const { channels, height, width } = values;
   const size = height * width;
-  let membrane = enlarge(coarse, height, width);
-  for (let channel = 0; channel < 3; channel++)
-    for (let i = 0; i < size; i++)
-      if (share.data[i] > 0) membrane.data[channel * size + i] = values.data[channel * size + i] / share.data[i];
-  let next: Planes = { ...membrane, data: membrane.data.slice() };
+  let filled = enlarge(coarse, height, width);
+  for (let i = 0; i < filled.data.length; i++)
+    if (share.data[i % size] > 0) filled.data[i] = values.data[i] / share.data[i % size];
+  let next: Planes = { ...filled, data: filled.data.slice() };
   for (let sweep = 0; sweep < Math.min(sweeps * 2 ** level, 64); sweep++) {
-    for (let channel = 0; channel < 3; channel++)
+    for (let channel = 0; channel < channels; channel++)
       for (let y = 0; y < height; y++) {
         const row = (channel * height + y) * width;
         const up = y > 0 ? -width : 0; // nothing flows across the borders
@@ -155,19 +97,32 @@ function relax(known: { values: Planes; share: Planes }, coarse: Planes, sweeps:
         for (let x = 0; x < width; x++) {
           if (share.data[y * width + x] > 0) continue;
           const i = row + x;
-          const sides = membrane.data[x > 0 ? i - 1 : i] + membrane.data[x < width - 1 ? i + 1 : i];
-          next.data[i] = 0.25 * (membrane.data[i + up] + membrane.data[i + down] + sides);
+          const sides = filled.data[x > 0 ? i - 1 : i] + filled.data[x < width - 1 ? i + 1 : i];
+          next.data[i] = 0.25 * (filled.data[i + up] + filled.data[i + down] + sides);
         }
       }
-    [membrane, next] = [next, membrane];
+    [filled, next] = [next, filled];
   }
-  return membrane;
+  return filled;
 }
 
-/** Halves to the even neighbour, as NumPy rounds. */
-function rint(x: number): number {
-  const r = Math.round(x);
-  return r - x === 0.5 && r % 2 !== 0 ? r - 1 : r;
+/**
+ * Shifts the colours of a filling inside the hole so that it meets the photo at the hole's edge without a step: the
+ * difference along the edge goes on into the hole as a membrane.
+ */
+export function matchEdges(fill: Planes, original: Planes, mask: Mask): Planes {
+  const area = maskBox(mask, 1);
+  if (area === null) return fill;
+  const [left, top, right, bottom] = area;
+  const hole = cropMask(mask, area);
+  const difference = { ...fill, data: fill.data.map((value, i) => original.data[i] - value) };
+  const shift = membrane(cropPlanes(difference, bottom - top, right - left, top, left), hole);
+  const result = { ...fill, data: fill.data.slice() };
+  for (let channel = 0, i = 0; channel < fill.channels; channel++)
+    for (let y = 0, pixel = 0; y < hole.height; y++)
+      for (let x = 0; x < hole.width; x++, i++, pixel++)
+        if (hole.data[pixel]) result.data[(channel * fill.height + top + y) * fill.width + left + x] += shift.data[i];
+  return result;
 }
 
 /**
@@ -200,7 +155,7 @@ export function pasteFill(
       for (let channel = 0; channel < 3; channel++) {
         const i = 4 * (y * width + x) + channel;
         const value = Math.min(Math.max(fill.data[(channel * height + y) * width + x], 0), 1);
-        result[i] = rint(weight * value * 255 + (1 - weight) * result[i]);
+        result[i] = roundHalfEven(weight * value * 255 + (1 - weight) * result[i]);
       }
     }
   }

@@ -1,8 +1,10 @@
 /** The steps of the inpainting pipeline, on three functions that run the graphs. */
 
+import { type DetailMode, addDetail } from './detail';
 import { guide, isGuided } from './guidance';
 import { type PasteMode, pasteFill } from './paste';
-import { NoiseSource } from './random';
+import type { Multiply } from './patches';
+import { NoiseSource, TorchGenerator } from './random';
 import {
   type Box,
   type Mask,
@@ -34,7 +36,14 @@ export interface ModelConfig {
   multiple: number;
   scalingFactor: number;
   shiftFactor: number;
-  defaults: { steps: number; strength: number; guidanceScale: number; guidanceStart: number; paste: PasteMode };
+  defaults: {
+    steps: number;
+    strength: number;
+    guidanceScale: number;
+    guidanceStart: number;
+    detail: DetailMode;
+    paste: PasteMode;
+  };
 }
 
 export interface Graphs {
@@ -43,6 +52,7 @@ export interface Graphs {
   decode(latents: Planes): Promise<Planes>;
   /** One prediction for each category: 0 background, 1 foreground. */
   predict(sample: Planes, timestep: number, categories: number[]): Promise<Float32Array[]>;
+  multiply: Multiply;
 }
 
 export interface Settings {
@@ -50,6 +60,7 @@ export interface Settings {
   strength: number;
   guidanceScale: number;
   guidanceStart: number;
+  detail: DetailMode;
   paste: PasteMode;
   margin: number;
   seed: number;
@@ -83,7 +94,10 @@ export function useFewSteps(config: ModelConfig, steps = 5): ModelConfig {
   };
 }
 
-/** Fills the marked part of a photo; `onStep` is told the number of steps that are done, and of all. */
+/**
+ * Fills the marked part of a photo; `onStep` is told the number of steps that are done, and of all, and `onDetail` the
+ * share of the texture.
+ */
 export async function inpaint(
   graphs: Graphs,
   config: ModelConfig,
@@ -91,6 +105,7 @@ export async function inpaint(
   mask: Mask,
   settings: Settings,
   onStep: (done: number, total: number) => void,
+  onDetail: (share: number) => void,
 ): Promise<Patch> {
   const box = cropRegion(mask, settings.margin, 2 * config.factor);
   if (box === null) throw new Error('Nothing is marked.');
@@ -145,7 +160,11 @@ export async function inpaint(
   if (!decoded.data.every(Number.isFinite)) throw new Error('The model gave numbers that are not finite.');
   const picture = { ...decoded, data: decoded.data.map((value) => Math.min(Math.max(value / 2 + 0.5, 0), 1)) };
   const fill = resize(cropPlanes(picture, height, width), boxHeight, boxWidth);
-  return { box, pixels: pasteFill(pixels, fill, original, mask, box, settings.paste) };
+  const enlargement = Math.max(boxHeight / height, boxWidth / width);
+  const random = new TorchGenerator(settings.seed);
+  const { detail } = settings;
+  const detailed = await addDetail(fill, pixels, mask, box, enlargement, detail, random, graphs.multiply, onDetail);
+  return { box, pixels: pasteFill(pixels, detailed, original, mask, box, settings.paste) };
 }
 
 function latentsOf(encoded: Planes, config: ModelConfig, draw: (count: number) => Float32Array): Planes {

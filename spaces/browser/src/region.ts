@@ -65,7 +65,8 @@ export function cropRegion(mask: Mask, margin: number, minSize: number): Box | n
   return [left, top, right, bottom];
 }
 
-function roundHalfEven(x: number): number {
+/** Halves to the even neighbour, as NumPy and torch round. */
+export function roundHalfEven(x: number): number {
   const r = Math.round(x);
   return r - x === 0.5 && r % 2 !== 0 ? r - 1 : r;
 }
@@ -147,6 +148,89 @@ export function resizeMask(mask: Mask, height: number, width: number): Mask {
   return { data, height, width };
 }
 
+/** Halves planes; at odd borders a pixel is the mean of what there is. */
+export function halve(image: Planes): Planes {
+  const [stepY, stepX] = [Math.min(2, image.height), Math.min(2, image.width)];
+  const result = planes(image.channels, Math.ceil(image.height / stepY), Math.ceil(image.width / stepX));
+  let i = 0;
+  for (let channel = 0; channel < image.channels; channel++)
+    for (let y = 0; y < result.height; y++)
+      for (let x = 0; x < result.width; x++) {
+        let [sum, count] = [0, 0];
+        for (let row = y * stepY; row < Math.min((y + 1) * stepY, image.height); row++)
+          for (let column = x * stepX; column < Math.min((x + 1) * stepX, image.width); column++, count++)
+            sum += image.data[(channel * image.height + row) * image.width + column];
+        result.data[i++] = sum / count;
+      }
+  return result;
+}
+
+/** Bilinear interpolation, with the corners of the pictures, not of their pixels, on each other. */
+export function enlarge(image: Planes, height: number, width: number): Planes {
+  const taps = (from: number, to: number) =>
+    Array.from({ length: to }, (_, i) => {
+      const position = Math.max(((i + 0.5) * from) / to - 0.5, 0);
+      const low = Math.min(Math.floor(position), from - 1);
+      return { low, high: Math.min(low + 1, from - 1), share: position - low };
+    });
+  const [rows, columns] = [taps(image.height, height), taps(image.width, width)];
+  const result = planes(image.channels, height, width);
+  let i = 0;
+  for (let channel = 0; channel < image.channels; channel++)
+    for (const row of rows) {
+      const low = (channel * image.height + row.low) * image.width;
+      const high = (channel * image.height + row.high) * image.width;
+      for (const column of columns) {
+        const above = image.data[low + column.low] * (1 - column.share) + image.data[low + column.high] * column.share;
+        const below = image.data[high + column.low] * (1 - column.share) + image.data[high + column.high] * column.share;
+        result.data[i++] = above * (1 - row.share) + below * row.share;
+      }
+    }
+  return result;
+}
+
+/**
+ * Fills holes with colours that go over smoothly into those around them: on the way down a pyramid each level averages
+ * the known pixels of the finer one, on the way up what is unknown is taken from the coarser one and smoothed.
+ */
+export function fillHole(image: Planes, hole: Mask, smoothingSteps = 4): Planes {
+  const size = hole.data.length;
+  const known: Planes = { ...hole, channels: 1, data: Float32Array.from(hole.data, (value) => 1 - value) };
+  const colors: Planes = { ...image, data: image.data.map((value, i) => value * known.data[i % size]) };
+  const levels = [{ colors, known }];
+  for (let last = levels[0]; Math.min(last.known.height, last.known.width) > 1; last = levels[levels.length - 1])
+    levels.push({ colors: halve(last.colors), known: halve(last.known) });
+  const coarsest = levels.pop()!;
+  const mix = (filled: Planes, { colors, known }: (typeof levels)[number]) => {
+    const area = known.data.length;
+    return { ...filled, data: filled.data.map((value, i) => colors.data[i] + (1 - known.data[i % area]) * value) };
+  };
+  let filled: Planes = {
+    ...coarsest.colors,
+    data: coarsest.colors.data.map((value, i) => value / Math.max(coarsest.known.data[i % coarsest.known.data.length], 1e-6)),
+  };
+  for (const level of levels.reverse()) {
+    filled = enlarge(filled, level.known.height, level.known.width);
+    for (let step = 0; step < smoothingSteps; step++) filled = average3x3(mix(filled, level));
+    filled = mix(filled, level);
+  }
+  return { ...image, data: image.data.map((value, i) => (hole.data[i % size] ? filled.data[i] : value)) };
+}
+
+/** Means over 3×3 pixels; at the borders the last ones count twice. */
+function average3x3({ data, channels, height, width }: Planes): Planes {
+  const rows = planes(channels, height, width);
+  const result = planes(channels, height, width);
+  for (let row = 0; row < channels * height; row++)
+    for (let x = 0, i = row * width; x < width; x++, i++)
+      rows.data[i] = data[x > 0 ? i - 1 : i] + data[i] + data[x < width - 1 ? i + 1 : i];
+  for (let row = 0, i = 0; row < channels * height; row++) {
+    const [up, down] = [row % height > 0 ? -width : 0, row % height < height - 1 ? width : 0];
+    for (let x = 0; x < width; x++, i++) result.data[i] = (rows.data[i + up] + rows.data[i] + rows.data[i + down]) / 9;
+  }
+  return result;
+}
+
 /** Where each of `padded` positions is read if `length` of them go on by reflection. */
 function reflection(length: number, padded: number): number[] {
   const period = Math.max(2 * (length - 1), 1);
@@ -170,13 +254,13 @@ export function padToMultiple(image: Planes, multiple: number): Planes {
   return result;
 }
 
-/** The top left corner of planes. */
-export function cropPlanes(image: Planes, height: number, width: number): Planes {
+/** A part of planes, by default the top left corner. */
+export function cropPlanes(image: Planes, height: number, width: number, top = 0, left = 0): Planes {
   if (image.height === height && image.width === width) return image;
   const result = planes(image.channels, height, width);
   for (let channel = 0; channel < image.channels; channel++)
     for (let y = 0; y < height; y++) {
-      const offset = (channel * image.height + y) * image.width;
+      const offset = (channel * image.height + top + y) * image.width + left;
       result.data.set(image.data.subarray(offset, offset + width), (channel * height + y) * width);
     }
   return result;

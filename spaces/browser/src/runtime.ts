@@ -9,6 +9,9 @@ import { type Model, loadGraph } from './models';
 import type { Graphs } from './pipeline';
 import type { Planes } from './region';
 
+/** A product of two matrices, `c = MatMul(a, b)`, as ONNX writes it. */
+const PRODUCT = 'CAg6SQoRCgFhCgFiEgFjIgZNYXRNdWwSAWdaDwoBYRIKCggIARIECgAKAFoPCgFiEgoKCAgBEgQKAAoAYg8KAWMSCgoICAESBAoACgBCBAoAEA0=';
+
 export type Device = 'wasm' | 'webgpu';
 
 /** Threads need an isolated page (two headers of its server). */
@@ -53,6 +56,8 @@ export async function openGraphs(model: Model, device: Device, onBytes: (count: 
   const encoder = await open('vae_encoder');
   const decoder = await open('vae_decoder');
   const unet = await open('unet');
+  const bytes = Uint8Array.from(atob(PRODUCT), (character) => character.charCodeAt(0));
+  const product = await ort.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
 
   const tensor = ({ data, channels, height, width }: Planes) =>
     new ort.Tensor('float32', data, [1, channels, height, width]);
@@ -78,6 +83,10 @@ export async function openGraphs(model: Model, device: Device, onBytes: (count: 
         predictions.push(result.data);
       }
       return predictions;
+    },
+    async multiply(a, b, { rows, inner, columns }) {
+      const feeds = { a: new ort.Tensor('float32', a, [rows, inner]), b: new ort.Tensor('float32', b, [inner, columns]) };
+      return (await product.run(feeds)).c.data as Float32Array;
     },
   };
 }

@@ -1,5 +1,7 @@
 /** The schedulers of diffusers that exported pipelines name, with the same numbers. */
 
+import { roundHalfEven } from './region';
+
 export interface SchedulerConfig {
   _class_name: string;
   num_train_timesteps: number;
@@ -32,12 +34,6 @@ export interface Scheduler {
 }
 
 const f = Math.fround; // torch computes the schedule in float32
-
-/** Rounds as NumPy does: halves to the even neighbour. */
-function rint(x: number): number {
-  const r = Math.round(x);
-  return r - x === 0.5 && r % 2 !== 0 ? r - 1 : r;
-}
 
 function linspace(start: number, end: number, count: number): number[] {
   const step = f(f(end - start) / (count - 1));
@@ -126,11 +122,11 @@ function spacedTimesteps(config: SchedulerConfig, steps: number, extra: 0 | 1): 
   }
   if (spacing === 'linspace') {
     const ratio = (total - 1) / (steps + extra - 1);
-    return Array.from({ length: steps }, (_, i) => (steps === 1 && !extra ? 0 : rint((steps - 1 + extra - i) * ratio)));
+    return Array.from({ length: steps }, (_, i) => (steps === 1 && !extra ? 0 : roundHalfEven((steps - 1 + extra - i) * ratio)));
   }
   if (spacing === 'trailing') {
     const delta = total - total / steps - total;
-    return Array.from({ length: Math.ceil(-total / (-total / steps)) }, (_, i) => rint(total + i * delta) - 1);
+    return Array.from({ length: Math.ceil(-total / (-total / steps)) }, (_, i) => roundHalfEven(total + i * delta) - 1);
   }
   throw new Error(`The timestep spacing ${spacing} is not known here.`);
 }

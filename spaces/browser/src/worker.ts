@@ -36,12 +36,19 @@ async function run(request: RunRequest, device: Device): Promise<void> {
       ...defaults,
       steps: request.steps ?? defaults.steps,
       guidanceScale: request.guidanceScale ?? defaults.guidanceScale,
+      detail: request.detail === 'auto' ? defaults.detail : request.detail,
       margin: request.margin,
       seed,
     };
     const candidates = request.seeds.length;
-    const patch = await inpaint(graphs, config, request.pixels, request.mask, settings, (done, total) =>
-      say({ kind: 'step', candidate, candidates, done, total }),
+    const patch = await inpaint(
+      graphs,
+      config,
+      request.pixels,
+      request.mask,
+      settings,
+      (done, total) => say({ kind: 'step', candidate, candidates, done, total }),
+      (share) => say({ kind: 'detail', candidate, candidates, share }),
     );
     say({ kind: 'patch', patch, seed }, [patch.pixels.buffer]);
   }

@@ -1,17 +1,21 @@
-/** The cases that tests/spaces/test_browser_cases.py writes with the package's own numbers. */
+/** The cases that tests/spaces/browser/test_browser_cases.py writes with the package's own numbers. */
 
 import { readFileSync } from 'node:fs';
 import { describe, expect, test } from 'vitest';
+import { CONSTANTS, addDetail, heldOutErrors } from '../src/detail';
+import { topEigenvectors } from '../src/eigen';
 import { guide, isGuided } from '../src/guidance';
-import { dilateMask, featherInwards, matchEdges, pasteFill } from '../src/paste';
+import { dilateMask, featherInwards, invert, matchEdges, pasteFill } from '../src/paste';
+import { type Multiply, SETTINGS, blur, fillWithPatches, roughness } from '../src/patches';
 import { type ModelConfig, useFewSteps } from '../src/pipeline';
-import { NoiseSource } from '../src/random';
+import { NoiseSource, TorchGenerator } from '../src/random';
 import {
   type Box,
   type Mask,
   type Planes,
   cropMask,
   cropRegion,
+  fillHole,
   maskBox,
   padToMultiple,
   readBox,
@@ -26,7 +30,7 @@ interface NumberArray {
   data: number[];
 }
 
-if (!process.env.MOEBIUS_CASES) throw new Error('pytest tests/spaces/test_browser_cases.py writes the cases and runs this.');
+if (!process.env.MOEBIUS_CASES) throw new Error('pytest tests/spaces/browser/test_browser_cases.py writes the cases and runs this.');
 // JSON of Python, whose infinite and missing numbers do not occur in the cases.
 const cases = JSON.parse(readFileSync(process.env.MOEBIUS_CASES, 'utf8'));
 
@@ -144,10 +148,7 @@ describe('pasting', () => {
       const mask = toMask(one.mask);
       const box = one.box as Box;
       const fill = toPlanes(one.fill);
-      const pixels = new Uint8ClampedArray(4 * mask.data.length).fill(255);
-      one.photo.data.forEach((value: number, i: number) => {
-        pixels[4 * Math.floor(i / 3) + (i % 3)] = value;
-      });
+      const pixels = toPixels(one.photo);
       const original = readBox(pixels, mask.width, box);
       expectClose(featherInwards(mask), one.weights, 1e-6);
       expectClose(matchEdges(fill, original, cropMask(mask, box)).data, one.matched, 1e-4);
@@ -166,4 +167,100 @@ describe('pasting', () => {
         expect(worst).toBeLessThanOrEqual(1);
       }
     });
+});
+
+for (const one of cases.generators)
+  test(`torch's numbers of seed ${one.seed} below ${one.limit}`, () => {
+    const generator = new TorchGenerator(one.seed);
+    expect([...generator.integers(one.limit, one.integers.data.length)]).toEqual(one.integers.data);
+    expect([...generator.uniform(5)]).toEqual(one.uniform.data);
+  });
+
+const toPixels = (photo: NumberArray): Uint8ClampedArray => {
+  const pixels = new Uint8ClampedArray((4 * photo.data.length) / 3).fill(255);
+  photo.data.forEach((value, i) => (pixels[4 * Math.floor(i / 3) + (i % 3)] = value));
+  return pixels;
+};
+
+const multiply: Multiply = async (a, b, { rows, inner, columns }) => {
+  const result = new Float32Array(rows * columns);
+  for (let row = 0; row < rows; row++) {
+    const sums = new Float64Array(columns);
+    for (let i = 0; i < inner; i++)
+      for (let column = 0; column < columns; column++) sums[column] += a[row * inner + i] * b[i * columns + column];
+    result.set(sums, row * columns);
+  }
+  return result;
+};
+
+test('principal components', () => {
+  const size = 50; // eigenvalues 1, 1/2, 1/4, … on vectors that a reflection turns
+  const normal = new NoiseSource(1).draw(size);
+  const length = normal.reduce((sum, value) => sum + value * value, 0);
+  const vector = (i: number, k: number) => (i === k ? 1 : 0) - (2 * normal[i] * normal[k]) / length;
+  const matrix = new Float32Array(size * size);
+  for (let row = 0; row < size; row++)
+    for (let column = 0; column < size; column++)
+      for (let i = 0; i < size; i++) matrix[row * size + column] += 2 ** -i * vector(i, row) * vector(i, column);
+  const found = topEigenvectors(matrix, size, 12);
+  for (let i = 0; i < 12; i++) {
+    let dot = 0;
+    for (let k = 0; k < size; k++) dot += found[i * size + k] * vector(i, k);
+    expect(Math.abs(dot)).toBeCloseTo(1, 4);
+  }
+  expect([...topEigenvectors(new Float32Array(size * size), size, 3)].every((value) => value === 0)).toBe(true);
+});
+
+for (const one of cases.holes)
+  test(`around a hole of ${one.hole.shape}`, () => {
+    const [image, hole] = [toPlanes(one.image), toMask(one.hole)];
+    expectClose(fillHole(image, hole).data, one.filled, 1e-5);
+    expectClose(blur(image, 2.5).data, one.blurred, 1e-5);
+    expectClose(roughness(image, invert(hole)).data, one.rough, 1e-5);
+  });
+
+/** All pixels but a few: where two patches fit equally well, rounding decides between them. */
+function expectAlike(given: ArrayLike<number>, expected: NumberArray, few = 0.01): void {
+  expect(given.length).toBe(expected.data.length);
+  let different = 0;
+  for (let i = 0; i < given.length; i++) if (!(Math.abs(given[i] - expected.data[i]) <= 1 / 255)) different++;
+  expect(different / given.length).toBeLessThanOrEqual(few);
+}
+
+describe('texture', () => {
+  test('the constants are those of the package', () => {
+    expect([CONSTANTS, SETTINGS]).toEqual(cases.detailConstants);
+  });
+
+  for (const one of cases.patches)
+    test(`patches, ${JSON.stringify(one.settings)}`, async () => {
+      const [image, hole, source, guide] = [toPlanes(one.image), toMask(one.hole), toMask(one.source), toPlanes(one.guide)];
+      const tools = () => ({ multiply, random: new TorchGenerator(one.seed), onWork: (share: number) => shares.push(share) });
+      const shares: number[] = [];
+      const settings = { ...SETTINGS, ...one.settings };
+      const filled = await fillWithPatches(image, hole, source, guide, one.lead, tools(), settings, one.copy);
+      expectAlike(filled.data, one.filled);
+      expect(shares.at(-1)).toBeCloseTo(1);
+      expect(shares).toEqual([...shares].sort((a, b) => a - b));
+      const errors = await heldOutErrors(image, hole, source, tools());
+      errors.forEach((error, i) => expect(error / one.errors[i]).toBeCloseTo(1, 2));
+    });
+
+  for (const one of cases.details)
+    test(`${one.detail}, ${one.enlargement}`, async () => {
+      const [mask, box, random] = [toMask(one.mask), one.box as Box, new TorchGenerator(one.seed)];
+      const { enlargement, detail } = one;
+      const pixels = toPixels(one.photo);
+      const result = await addDetail(toPlanes(one.fill), pixels, mask, box, enlargement, detail, random, multiply);
+      expectAlike(result.data, one.result);
+    });
+
+  test('nothing to do', async () => {
+    const [pixels, fill] = [new Uint8ClampedArray(4 * 16), toPlanes({ shape: [3, 4, 4], data: Array(48).fill(0.5) })];
+    for (const [value, detail] of [[0, 'patches'], [1, 'patches'], [1, null]] as const) {
+      const mask = { data: new Uint8Array(16).fill(value), height: 4, width: 4 };
+      const random = new TorchGenerator(0);
+      expect(await addDetail(fill, pixels, mask, [0, 0, 4, 4], 2, detail, random, multiply)).toBe(fill);
+    }
+  });
 });

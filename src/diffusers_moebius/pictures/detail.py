@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .mask import mask_box
-from .paste import match_edges
+from .paste import match_edges, membrane
 from .region import Region, fill_hole
 
 DETAIL_MODES = ("patches", "enlarged", None)
@@ -38,21 +38,26 @@ class Settings(NamedTuple):
         iterations (`tuple[int, int]`): Rounds of search and vote at the finest and at the coarsest scale.
         exact (`int`): So many pairs of patches are compared one and all; where there are more, the search is random.
         search_pixels (`int`): Regions with more pixels are searched at half their size.
+        mean (`float`): Weight of the patches' mean colours, which may be corrected, against their other components.
+        shift (`float`): By how much a patch's mean colour is corrected at most, at the two finest scales.
         gamma (`float`): By how much a patch counts less for each pixel that it lies farther inside the hole.
-        quantile (`float`): The patches' distance at this rank is what voting takes for an ordinary one.
+        spread (`float`): In voting a patch counts `exp(-distance / spread)`, in units of the upper quartile of all
+            distances.
     """
 
     radius: int = 3
     components: int = 24
-    texture: float = 3.0
-    position: tuple[float, float] = (0.5, 0.25)
+    texture: float = 6.0
+    position: tuple[float, float] = (1.0, 0.5)
     lead_sigma: float = 8.0
     thin: int = 5
     iterations: tuple[int, int] = (4, 8)
     exact: int = 50_000_000
     search_pixels: int = 800_000
-    gamma: float = 1.6
-    quantile: float = 0.75
+    mean: float = 0.1
+    shift: float = 0.1
+    gamma: float = 3.0
+    spread: float = 13.0
 
 
 def _grow(mask: torch.Tensor, pixels: int) -> torch.Tensor:
@@ -116,12 +121,16 @@ class _Scale:
         self.sources = self.valid.nonzero()[:, 0]
         is_query = _grow(hole, radius)
         self.is_query, self.queries = is_query.flatten(), is_query.flatten().nonzero()[:, 0]
+        self.index = torch.full_like(self.is_query, -1, dtype=torch.long)  # of each position among the queries
+        self.index[self.queries] = torch.arange(len(self.queries), device=hole.device)
         self.match = self.random_sources(len(self.queries))
         self.distance = torch.zeros(len(self.queries), device=hole.device)
+        self.shift = torch.zeros(len(self.queries), 3, device=hole.device)
         self.trust = settings.gamma ** -self._depth(is_query)
         rows = torch.arange(self.height, device=hole.device, dtype=torch.float32) / max(hole.shape)
         columns = torch.arange(self.width, device=hole.device, dtype=torch.float32) / max(hole.shape)
         side = 2 * radius + 1
+        self.mean_weight = side * math.sqrt(settings.mean)
         contrast = image[:3, ~hole].std(1).mean()
         position = torch.stack(
             [
@@ -149,7 +158,9 @@ class _Scale:
         offsets = (steps[:, None] * width + steps).flatten()
         sample = self.random_sources(4096)
         patches = self.image.flatten(1)[:, (sample[:, None] + offsets).clamp(0, self.height * width - 1)]
-        patches = patches.permute(1, 0, 2).flatten(1)
+        patches = patches.permute(1, 0, 2)
+        patches[:, :3] -= patches[:, :3].mean(2, keepdim=True)
+        patches = patches.flatten(1)
         patches = patches - patches.mean(0)
         _, vectors = torch.linalg.eigh((patches.T @ patches).cpu().double())  # not all devices have it
         basis = vectors[:, -self.settings.components :].T.float().to(patches.device)
@@ -157,19 +168,23 @@ class _Scale:
         self.source_features = self.features(self.image)
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
-        """What patches are compared by, `[H * W, features]`."""
+        """What patches are compared by, `[H * W, features]`: their mean colours, weighted, come first."""
         padded = F.pad(image[None], (self.settings.radius,) * 4, mode="replicate")
-        return torch.cat([F.conv2d(padded, self.basis)[0], self.extra]).flatten(1).T.contiguous()
+        means = self.mean_weight * F.avg_pool2d(padded[:, :3], 2 * self.settings.radius + 1, 1)
+        return torch.cat([means[0], F.conv2d(padded, self.basis)[0], self.extra]).flatten(1).T.contiguous()
 
     def search(self, estimate: torch.Tensor) -> None:
         """Finds for each patch of the estimate that touches the hole one like it outside."""
         query_features = self.features(estimate)[self.queries]
         if len(self.queries) * len(self.sources) <= self.settings.exact:
             source_features = self.source_features[self.sources]
+            center = source_features.mean(0)  # around zero the products are exact enough for a close call
+            source_features = source_features - center
             norms = source_features.square().sum(1)
             rows = max(1, 10_000_000 // len(self.sources))
             nearest = [
-                torch.addmm(norms, part, source_features.T, alpha=-2).argmin(1) for part in query_features.split(rows)
+                torch.addmm(norms, part, source_features.T, alpha=-2).argmin(1)
+                for part in (query_features - center).split(rows)
             ]
             self.match = self.sources[torch.cat(nearest)]
         self.distance = (query_features - self.source_features[self.match]).square().sum(1)
@@ -177,14 +192,14 @@ class _Scale:
             for _ in range(2):
                 self._propagate(query_features)
                 self._draw(query_features)
+        difference = (query_features - self.source_features[self.match])[:, :3] / self.mean_weight
+        self.shift = difference.clamp(-self.settings.shift, self.settings.shift)
 
     def _propagate(self, query_features: torch.Tensor) -> None:
         """Tries what the neighbours copy, shifted (Barnes et al., "PatchMatch", 2009, section 3.2, all at once)."""
         for delta in (1, -1, self.width, -self.width):
-            field = torch.full((self.height * self.width,), -1, device=self.match.device)
-            field[self.queries] = self.match
-            neighbour = field[(self.queries + delta).clamp(0, len(field) - 1)]
-            self._improve(query_features, torch.where(neighbour < 0, self.match, neighbour - delta))
+            neighbour = self.index[(self.queries + delta).clamp(0, len(self.index) - 1)]
+            self._improve(query_features, torch.where(neighbour < 0, self.match, self.match[neighbour] - delta))
 
     def _draw(self, query_features: torch.Tensor) -> None:
         """Tries random places around the match, ever closer to it (the same, section 3.2)."""
@@ -213,24 +228,22 @@ class _Scale:
         Wexler et al., "Space-Time Completion of Video", 2007, section 3.2. With `copy` the one that fits best is
         taken instead: seams may show, but nothing is blurred.
         """
-        spread = torch.quantile(self.distance[:: len(self.distance) // 10_000 + 1], self.settings.quantile)
-        weights = torch.zeros(self.height * self.width, device=self.match.device)
-        weights[self.queries] = torch.exp(-self.distance / (2 * spread.clamp(min=1e-8))) * self.trust + 1e-12
-        field = torch.zeros(self.height * self.width, dtype=torch.long, device=self.match.device)
-        field[self.queries] = self.match
-        colors = self.image.flatten(1).T.contiguous()
+        quartile = torch.quantile(self.distance[:: len(self.distance) // 10_000 + 1], 0.75)
+        weights = torch.exp(-self.distance / (self.settings.spread * quartile.clamp(min=1e-8))) * self.trust + 1e-12
+        colors = self.image.flatten(1).T
         pixels = self.hole.flatten().nonzero()[:, 0]
         rows, columns = pixels // self.width, pixels % self.width
         total = torch.zeros(len(pixels), len(self.image) + 1, device=self.match.device)
-        colors = F.pad(colors, (0, 1), value=1)
+        colors, shift = F.pad(colors, (0, 1), value=1), F.pad(self.shift, (0, len(self.image) - 2))
         radius = self.settings.radius
         for down in range(-radius, radius + 1):
             for right in range(-radius, radius + 1):
                 inside = (rows >= down) & (rows - down < self.height) & (columns >= right)
                 inside &= columns - right < self.width
                 delta = torch.where(inside, down * self.width + right, 0)
-                query = pixels - delta
-                votes = weights[query][:, None] * colors[field[query] + delta]  # the last column is the weight itself
+                query = self.index[pixels - delta]
+                votes = colors[self.match[query] + delta] + shift[query]
+                votes = weights[query][:, None] * votes  # the last column is the weight itself
                 total = torch.where(votes[:, -1:] > total[:, -1:], votes, total) if copy else total + votes
         result = self.image.flatten(1).clone()
         result[:, pixels] = (total[:, :-1] / total[:, -1:]).T
@@ -238,18 +251,14 @@ class _Scale:
 
     def adopt(self, coarse: "_Scale") -> None:
         """Takes over the matches of the next coarser scale."""
-        field = torch.full((coarse.height * coarse.width,), -1, device=self.match.device)
-        field[coarse.queries] = coarse.match
-        distance = torch.zeros(len(field), device=self.match.device)
-        distance[coarse.queries] = coarse.distance
         rows, columns = self.queries // self.width, self.queries % self.width
-        place = rows // 2 * coarse.width + columns // 2
-        match = field[place]
+        place = coarse.index[rows // 2 * coarse.width + columns // 2]
+        match = coarse.match[place]
         rows = (2 * (match // coarse.width) + rows % 2).clamp(0, self.height - 1)
         columns = (2 * (match % coarse.width) + columns % 2).clamp(0, self.width - 1)
         candidate = rows * self.width + columns
-        self.match = torch.where((match >= 0) & self.valid[candidate], candidate, self.match)
-        self.distance = distance[place]
+        self.match = torch.where((place >= 0) & self.valid[candidate], candidate, self.match)
+        self.distance, self.shift = coarse.distance[place], coarse.shift[place]
 
 
 def fill_with_patches(
@@ -292,7 +301,9 @@ def fill_with_patches(
     scale = None
     for level, (image_, hole_, source_, guide_, low_) in reversed(list(enumerate(levels))):
         coarse = scale
-        scale = _Scale(image_, hole_, source_, math.sqrt(lead) * low_, settings, generator)
+        # Coarse scales decide what stands where, so that their colours are taken as they are.
+        local = settings if level < 2 else settings._replace(mean=1.0, shift=0.0)
+        scale = _Scale(image_, hole_, source_, math.sqrt(lead) * low_, local, generator)
         estimate = None
         if coarse is None:
             estimate = fill_hole(scale.image[None], hole_[None, None].float())[0]
@@ -465,22 +476,14 @@ def _detail_hole(
         settings = Settings(lead_sigma=enlargement / 2)
         detailed = fill_with_patches(filled, hole, source, filled, ENLARGED, generator, settings, copy=True)
         return detailed + _blur((filled - detailed) * hole, enlargement / 2)
-    smooth = fill_hole(filled[None], hole[None, None].float())[0]
     lead = choose_lead(filled, hole, source, generator)
     if lead is None:
         return filled
-    detailed = fill_with_patches(filled, hole, source, filled if lead == LED else smooth, lead, generator)
-    return _soften_seam(detailed, hole)
-
-
-def _soften_seam(image: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
-    """Shifts the hole's colours where they differ a little from those around it; large steps are edges of things."""
-    inside = hole.float()[None]
-    means = [_blur(image * part, 2) / _blur(part, 2).clamp(min=1e-4) for part in (inside, 1 - inside)]
-    step = means[1] - means[0]
-    step = step * torch.exp(-step.square().sum(0) / (2 * 0.1**2))
-    edge = _grow(hole, 1) & ~hole
-    return image + inside * fill_hole(step[None], (~edge)[None, None].float())[0]
+    guide = filled if lead == LED else membrane(filled, hole)
+    detailed = fill_with_patches(filled, hole, source, guide, lead, generator)
+    # The guide is right about low frequencies where it differs a little: patches drift. Large differences are things.
+    low = _blur((guide - detailed) * hole, max(hole.shape) / 64)
+    return detailed + hole * low * torch.exp(-low.square().sum(0) / (2 * 0.1**2))
 
 
 def _is_thick(hole: torch.Tensor) -> bool:

@@ -90,51 +90,64 @@ def compensate_color(
     return fill + gain * difference.mean(axis=0)
 
 
-def match_edges(fill: np.ndarray, original: np.ndarray, mask: np.ndarray, sweeps: int = 6) -> np.ndarray:
+def membrane(values: torch.Tensor, hole: torch.Tensor, sweeps: int = 6) -> torch.Tensor:
+    """
+    Continues what lies around a hole into it as a membrane that is fixed at the hole's edge (Laplace's equation).
+
+    A pyramid approximates it from coarse to fine: exactly along the edge, as smoothly inside. Where the hole touches
+    the border nothing is fixed.
+
+    Args:
+        values (`torch.Tensor` of shape `[C, H, W]`): What it has in the hole is not looked at.
+        hole (`torch.Tensor` of shape `[H, W]`): Boolean, not empty.
+        sweeps (`int`, defaults to 6): Averages over the neighbours at full size; each coarser level has twice as many,
+            up to 64.
+
+    Returns:
+        `torch.Tensor` of shape `[C, H, W]`, equal to `values` outside the hole; in a hole without an edge it is 0.
+    """
+    inside = hole.float()[None, None]
+    edge = F.max_pool2d(inside, 3, 1, 1) - inside
+    levels = [(torch.where(edge > 0, values[None], 0), edge)]  # values times known share, and share
+    while max(levels[-1][1].shape[2:]) > 1:
+        window = [min(2, length) for length in levels[-1][1].shape[2:]]
+        levels.append(tuple(F.avg_pool2d(level, window, ceil_mode=True) for level in levels[-1]))
+    fixed, share = levels.pop()
+    filled = fixed / share.where(share > 0, 1)
+    for level, (fixed, share) in reversed(list(enumerate(levels))):
+        free = (share == 0).float()
+        fixed = fixed / share.where(share > 0, 1)
+        filled = fixed + free * F.interpolate(filled, share.shape[2:], mode="bilinear", align_corners=False)
+        for _ in range(min(sweeps * 2**level, 64)):
+            padded = F.pad(filled, (1, 1, 1, 1), mode="replicate")  # nothing flows across the borders
+            neighbours = padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
+            neighbours.add_(padded[..., 1:-1, :-2]).add_(padded[..., 1:-1, 2:])
+            filled = torch.addcmul(fixed, neighbours, free, value=0.25)
+    return torch.where(hole, filled[0], values)
+
+
+def match_edges(fill: np.ndarray, original: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """
     Shifts the colours of a result inside the hole so that it meets the original at the hole's edge without a step.
 
-    The difference between the two on the pixels around the hole goes on into it as a membrane that is fixed there
-    (Laplace's equation; Pérez et al., "Poisson Image Editing", 2003, section 2) and is added. A pyramid approximates
-    it from coarse to fine: exactly along the edge, as smoothly inside. Where the hole touches the border nothing is
-    fixed; a hole without an edge stays as it is.
+    The difference between the two on the pixels around the hole goes on into it as a [`membrane`] and is added (Pérez
+    et al., "Poisson Image Editing", 2003, section 2). A hole without an edge stays as it is.
 
     Args:
         fill (`np.ndarray` of shape `[h, w, 3]`): The decoded picture, floats.
         original (`np.ndarray` of shape `[h, w, 3]`): The original in the same place; what it has in the hole is not
             looked at.
         mask (`np.ndarray` of shape `[h, w]`): Boolean mask, not empty.
-        sweeps (`int`, defaults to 6): Averages over the neighbours at full size; each coarser level has twice as many,
-            up to 64.
 
     Returns:
         `np.ndarray` of shape `[h, w, 3]`, equal to `fill` outside the hole; it may leave the range [0, 1].
     """
     left, top, right, bottom = mask_box(mask, 1)
     area = slice(top, bottom), slice(left, right)
-    hole = mask[area]
-    edge = dilate_mask(hole, 1) & ~hole
-    if not edge.any():
-        return fill
-    difference = np.where(edge[..., None], original[area] - fill[area], 0).astype(np.float32)
-    values = torch.from_numpy(difference).permute(2, 0, 1)[None].contiguous()
-    levels = [(values, torch.from_numpy(edge.astype(np.float32))[None, None])]  # values times known share, and share
-    while max(levels[-1][1].shape[2:]) > 1:
-        window = [min(2, length) for length in levels[-1][1].shape[2:]]
-        levels.append(tuple(F.avg_pool2d(level, window, ceil_mode=True) for level in levels[-1]))
-    values, share = levels.pop()
-    membrane = values / share
-    for level, (values, share) in reversed(list(enumerate(levels))):
-        free = (share == 0).float()
-        fixed = values / share.where(share > 0, 1)
-        membrane = fixed + free * F.interpolate(membrane, share.shape[2:], mode="bilinear", align_corners=False)
-        for _ in range(min(sweeps * 2**level, 64)):
-            padded = F.pad(membrane, (1, 1, 1, 1), mode="replicate")  # nothing flows across the borders
-            neighbours = padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
-            neighbours.add_(padded[..., 1:-1, :-2]).add_(padded[..., 1:-1, 2:])
-            membrane = torch.addcmul(fixed, neighbours, free, value=0.25)
+    difference = torch.from_numpy((original[area] - fill[area]).astype(np.float32)).permute(2, 0, 1).contiguous()
+    shift = membrane(difference, torch.from_numpy(mask[area])).permute(1, 2, 0).numpy()
     result = fill.copy()
-    result[area] += np.where(hole[..., None], membrane[0].permute(1, 2, 0).numpy(), 0)
+    result[area] += np.where(mask[area][..., None], shift, 0)
     return result
 
 

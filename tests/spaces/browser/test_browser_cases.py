@@ -9,11 +9,22 @@ import numpy as np
 import pytest
 import torch
 from browser_noise import browser_noise
+from PIL import Image
 
+from diffusers_moebius.pictures import detail
 from diffusers_moebius.pictures.mask import dilate_mask, mask_box
 from diffusers_moebius.pictures.paste import feather_inwards, match_edges, paste_fill
 from diffusers_moebius.pictures.picture import load_pictures
-from diffusers_moebius.pictures.region import crop_region, pad_to_multiple, resize, resize_mask, working_size
+from diffusers_moebius.pictures.region import (
+    ModelSizes,
+    crop_region,
+    fill_hole,
+    find_region,
+    pad_to_multiple,
+    resize,
+    resize_mask,
+    working_size,
+)
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -186,6 +197,123 @@ def paste_cases():
     return cases
 
 
+def generator_cases():
+    cases = []
+    for seed, limit in [(0, 7), (5, 2**28 - 1), (2**32 - 1, 2**31)]:
+        generator = torch.Generator().manual_seed(seed)
+        integers = torch.randint(limit, (700,), generator=generator)  # more than the generator makes at once
+        uniform = torch.rand(5, generator=generator)
+        cases.append({"seed": seed, "limit": limit, "integers": integers, "uniform": uniform})
+    return cases
+
+
+def textured(random, height, width):
+    """A photo without a pattern, no two places of which are alike; smooth, since noise has no principal components."""
+    coarse = random.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def hole_cases():
+    """Smooth fillings, blurs and roughness around a hole."""
+    random = np.random.default_rng(2)
+    cases = []
+    for height, width in [(40, 61), (7, 90)]:
+        image = torch.from_numpy(textured(random, height, width)).permute(2, 0, 1) / 255
+        hole = torch.from_numpy(blob(random, height, width))
+        cases.append(
+            {
+                "image": image,
+                "hole": hole,
+                "filled": fill_hole(image[None], hole[None, None].float())[0],
+                "blurred": detail._blur(image, 2.5),
+                "rough": detail._roughness(image, ~hole),
+            }
+        )
+    return cases
+
+
+def patch_cases():
+    """One hole filled with patches: by comparing all pairs, by the random search, below full size, and copied."""
+    random = np.random.default_rng(3)
+    cases = []
+    for number, (settings, lead, copy) in enumerate(
+        [
+            ({}, detail.UNLED, False),
+            ({"exact": 10_000}, detail.LED, False),
+            ({"search_pixels": 5000}, detail.UNLED, False),
+            ({"lead_sigma": 1.2}, detail.ENLARGED, True),
+        ]
+    ):
+        image = torch.from_numpy(textured(random, 90, 101)).permute(2, 0, 1) / 255
+        hole = torch.zeros(90, 101, dtype=torch.bool)
+        hole[30:60, 25 + 20 * number : 60 + 20 * number] = True  # the last one reaches the border
+        source = ~torch.from_numpy(dilate_mask(hole.numpy(), 4))
+        guide = fill_hole(image[None], hole[None, None].float())[0]
+        generator = torch.Generator().manual_seed(number)
+        filled = detail.fill_with_patches(
+            image, hole, source, guide, lead, generator, detail.Settings(**settings), copy
+        )
+        errors = detail.held_out_errors(image, hole, source, torch.Generator().manual_seed(number))
+        cases.append(
+            {
+                "image": image,
+                "hole": hole,
+                "source": source,
+                "guide": guide,
+                "lead": lead,
+                "seed": number,
+                "settings": camel(settings),
+                "copy": copy,
+                "filled": filled,
+                "errors": errors,
+            }
+        )
+    return cases
+
+
+def camel(settings):
+    """Names as TypeScript writes them."""
+    return {
+        "".join(word.title() if i else word for i, word in enumerate(name.split("_"))): value
+        for name, value in settings.items()
+    }
+
+
+def detail_cases():
+    random = np.random.default_rng(4)
+    cases = []
+    modes = [("patches", 256, 20), ("patches", 64, 64), ("enlarged", 64, 30), ("enlarged", 256, 8)]
+    for mode, native, margin in modes:
+        photo = textured(random, 120, 150)
+        mask = np.zeros((120, 150), bool)
+        mask[20:45, 30:58] = True
+        mask[80:86, 100:] = True  # far from the other one, to the border
+        if native == 64 and mode == "patches":
+            mask[10:110, 20:130] = True  # most of the photo
+        region = find_region(load_pictures(photo)[0], mask, ModelSizes(8, native, 16), margin)
+        left, top, right, bottom = region.box
+        fill = random.random((bottom - top, right - left, 3), dtype=np.float32)
+        result = detail.add_detail(fill, region, mode, torch.Generator().manual_seed(len(cases)))
+        cases.append(
+            {
+                "photo": photo,
+                "mask": mask,
+                "box": region.box,
+                "enlargement": region.enlargement,
+                "fill": fill.transpose(2, 0, 1),
+                "detail": mode,
+                "seed": len(cases),
+                "result": result.transpose(2, 0, 1),
+            }
+        )
+    return cases
+
+
+def detail_constants():
+    names = ("RIM", "LARGE", "STRANGE", "LED", "UNLED", "ENLARGED")
+    return {name: getattr(detail, name) for name in names}, camel(detail.Settings()._asdict())
+
+
 def plain(value):
     """Arrays as their shape and numbers, for JSON."""
     if isinstance(value, torch.Tensor):
@@ -210,6 +338,11 @@ def test_typescript_computes_what_the_package_computes(browser_folder, tiny_pipe
         "regions": region_cases(),
         "resizes": resize_cases(),
         "pastes": paste_cases(),
+        "generators": generator_cases(),
+        "holes": hole_cases(),
+        "detailConstants": detail_constants(),
+        "patches": patch_cases(),
+        "details": detail_cases(),
     }
     path = tmp_path / "cases.json"
     path.write_text(json.dumps(plain(cases)))
