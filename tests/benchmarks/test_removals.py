@@ -28,7 +28,7 @@ def removals():
 def test_the_drawn_mask_covers_the_thing_but_not_all_of_its_shadow(removals, seed):
     photo, other = np.full((512, 512, 3), 200, np.uint8), np.full((512, 512, 3), [255, 0, 0], np.uint8)
     picture, drawn = removals.paste_thing(photo, other, seed)
-    changed = (picture != photo).any(2)
+    changed = np.abs(picture.astype(int) - photo).max(2) > 4  # shadows end softly
     thing = (picture == other).all(2)
     assert 500 < thing.sum() < 0.15 * thing.size
     assert (thing & ~drawn).sum() < 0.02 * thing.sum()

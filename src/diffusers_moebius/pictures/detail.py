@@ -47,7 +47,7 @@ class Settings(NamedTuple):
 
     radius: int = 3
     components: int = 24
-    texture: float = 3.0
+    texture: float = 6.0
     position: tuple[float, float] = (1.0, 0.5)
     lead_sigma: float = 8.0
     thin: int = 5
@@ -56,7 +56,7 @@ class Settings(NamedTuple):
     search_pixels: int = 800_000
     mean: float = 0.1
     shift: float = 0.1
-    gamma: float = 2.0
+    gamma: float = 3.0
     spread: float = 13.0
 
 
