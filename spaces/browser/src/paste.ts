@@ -84,7 +84,8 @@ export function membrane(values: Planes, hole: Mask, sweeps = 6): Planes {
   reach.forEach((value, i) => (share.data[i] = value - hole.data[i]));
   const edge: Planes = { ...values, data: values.data.map((value, i) => (share.data[i % size] ? value : 0)) };
 
-  const levels: { values: Planes; share: Planes }[] = [{ values: edge, share }]; // values times how much of each pixel is on the edge, and that share
+  // Values times how much of each pixel is on the edge, and that share.
+  const levels: { values: Planes; share: Planes }[] = [{ values: edge, share }];
   for (let last = levels[0]; Math.max(last.share.height, last.share.width) > 1; last = levels[levels.length - 1])
     levels.push({ values: halve(last.values), share: halve(last.share) });
   let filled = planes(channels, 1, 1);

@@ -264,7 +264,8 @@ class Scale {
     let order = this.sources;
     if (this.isExact) {
       // Sorted by the first feature, so that a search can end where this alone is farther than the best.
-      const ranks = new Uint32Array(order.length).map((_, i) => i).sort((i, j) => features[i * size] - features[j * size]);
+      const ranks = new Uint32Array(order.length).map((_, i) => i);
+      ranks.sort((i, j) => features[i * size] - features[j * size]);
       const sorted = new Float32Array(features.length);
       ranks.forEach((rank, row) => sorted.set(features.subarray(rank * size, (rank + 1) * size), row * size));
       [features, order] = [sorted, Int32Array.from(ranks, (rank) => this.sources[rank])];

@@ -86,7 +86,8 @@ export async function openGraphs(model: Model, device: Device, onBytes: (count: 
       return predictions;
     },
     async multiply(a, b, { rows, inner, columns }) {
-      const [left, right] = [new ort.Tensor('float32', a, [rows, inner]), new ort.Tensor('float32', b, [inner, columns])];
+      const left = new ort.Tensor('float32', a, [rows, inner]);
+      const right = new ort.Tensor('float32', b, [inner, columns]);
       return (await product.run({ a: left, b: right })).c.data as Float32Array;
     },
   };
