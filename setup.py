@@ -47,6 +47,7 @@ EXTRAS = {
         "opencv-python-headless>=4.10",
         "scikit-image>=0.24",
         "pypatchmatch>=2.2; python_version >= '3.11'",
+        "tomli>=2.0; python_version < '3.11'",
     ],
     "onnx": ["onnx>=1.17", "onnxruntime>=1.20"],
     "lpips": ["lpips>=0.1.4"],  # brings torchvision, and downloads AlexNet; without it LPIPS takes weights from a file

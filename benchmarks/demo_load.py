@@ -69,7 +69,7 @@ class Visitor:
         """All of a visit; returns the seconds from pressing Remove to the answer."""
         (path,) = self.client.post("/upload", files={"files": ("photo.png", png(self.pixels))}).json()
         photo = {"path": path, "orig_name": "photo.png", "meta": {"_type": "gradio.FileData"}}
-        opened = self.call("_open_upload", None, photo)
+        opened = self.call("_open_upload", photo)
         photo_id = next(value["photo"]["id"] for value in opened if isinstance(value, dict) and "photo" in value)
         layer = np.zeros((SIDE, SIDE, 4), np.uint8)
         layer[self.hole] = 255
@@ -77,8 +77,7 @@ class Visitor:
         marked = json.dumps({"photo": photo_id, "mask": mask})
         start = time.monotonic()
         # As the page sends them; the edge margin is 0, so that the mask is the hole.
-        options = ["", "", "", 0, True, 1, "0", 50, False, "auto"]
-        self.queued("_run", None, marked, self.model, *options)
+        self.queued("_run", None, marked, self.model, "", "", 0, True, 1, "0", 50, "auto", False)
         seconds = time.monotonic() - start
         result_id = photo_id + 1
         (file,) = self.call("_write", None, json.dumps({"photo": result_id, "mask": None}), "PNG")
@@ -114,7 +113,7 @@ def main() -> None:
             except httpx.TransportError:
                 time.sleep(0.5)
         functions = {dependency["api_name"]: dependency["id"] for dependency in config["dependencies"]}
-        Visitor.model = next(c["props"]["value"] for c in config["components"] if c["props"].get("elem_id") == "model")
+        Visitor.model = next(c["props"]["value"] for c in config["components"] if c["props"].get("label") == "Model")
         Visitor(url, functions, 0).visit()  # the model is loaded
         print(f"memory with one visitor gone: {resident_megabytes(server.pid):.0f} MB")
         for each in range(rounds):

@@ -46,11 +46,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from PIL import Image
 
 from diffusers_moebius import LatentCategoriesEmbedder, MoebiusInpaintPipeline, MoebiusUNet2DModel
 from diffusers_moebius.models import multiply_adds
+from diffusers_moebius.pictures.paste import paste_fill
+from diffusers_moebius.pictures.region import ModelSizes, find_regions
+from diffusers_moebius.pipelines.latents import decode_pictures, encode_latents, stack_regions
 
 VARIANTS = ("reference", "fast", "folded", "bf16", "fp16", "compiled", "onnx")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -308,57 +311,122 @@ def measure_size(args: argparse.Namespace, device: str, height: int, width: int,
     }
 
 
-def measure_whole_run(config: dict, device: str, steps: int) -> dict[str, dict]:
-    """
-    Whole calls of the pipeline with guidance at 512 px: reference processors, prepared, and prepared with few steps.
-
-    The autoencoder is an `AutoencoderTiny` of diffusers' default size, with random weights. Largest differences are
-    those of the final latents from the first row's, relative to their largest value.
-    """
-    torch.manual_seed(0)
-    vae = AutoencoderTiny().eval()
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+def make_pipeline(config: dict, vae_widths: tuple[int, ...], tiny_vae: str | None) -> MoebiusInpaintPipeline:
+    """A pipeline with random weights; its autoencoder has the shape of the published one but for its widths."""
     model = make_model(config)
-    tokens, width = model.config.context_length, model.config.encoder_hid_dim
-    embedder = LatentCategoriesEmbedder(num_embeddings=2 * tokens, embedding_dim=width)
+    levels = len(vae_widths)
+    vae = AutoencoderKL(
+        block_out_channels=vae_widths,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        layers_per_block=2,
+        norm_num_groups=min(32, *vae_widths),
+        scaling_factor=0.13025,
+    ).eval()
+    embedder = LatentCategoriesEmbedder(2 * model.config.context_length, model.config.encoder_hid_dim)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    pipe = MoebiusInpaintPipeline(vae, model, embedder, scheduler)
+    return pipe.use_tiny_decoder(AutoencoderTiny().eval() if tiny_vae is None else tiny_vae)  # of its default size
+
+
+def make_parts(pipe: MoebiusInpaintPipeline, device: str) -> dict[str, Callable]:
+    """The parts of a run on a picture of 512 px, in their order."""
     y, x = np.mgrid[:512, :512]
-    photo = np.stack([x // 2, y // 2, (x + y) // 4], -1).astype(np.uint8)
-    hole = (abs(x - 256) < 90) & (abs(y - 256) < 120)
-    results, expected = {}, None
-    for name in ("reference", "folded", "fast"):
-        pipe = MoebiusInpaintPipeline(vae, model, embedder, scheduler, default_num_inference_steps=steps)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.to(device)
-        model.set_lambda_algorithm("reference" if name == "reference" else "fast")
-        if name != "reference":
-            pipe.prepare_for_inference()
-        if name == "fast":
-            pipe.use_few_steps()
-        latents = []
-
-        def keep(pipe, step, timestep, tensors, latents=latents):
-            latents[:] = [tensors["latents"]]
-            return tensors
-
-        start, cpu = now(device), time.process_time()
-        call = {"strength": 1.0, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
-        pipe(photo, hole, callback_on_step_end=keep, **call)
-        row = {"steps": pipe.num_timesteps, "wall": now(device) - start, "cpu": time.process_time() - cpu}
-        expected = latents[0] if expected is None else expected
-        if name != "fast":
-            row["difference"] = ((latents[0] - expected).abs().max() / expected.abs().max()).item()
-        results[name] = row
-    return results
+    photo = Image.fromarray(np.stack([x // 2, y // 2, (x + y) // 4], -1).astype(np.uint8))
+    (region,) = find_regions([photo], [(abs(x - 256) < 90) & (abs(y - 256) < 120)], ModelSizes())
+    image, mask = stack_regions([region], device)
+    sample, timestep, context = (tensor.to(device) for tensor in make_inputs(pipe.unet, 512, 512, 2))
+    latents = sample[:1, :4]
+    fill = image[0] / 2 + 0.5
+    return {
+        "encode": lambda: encode_latents(pipe.vae, image * (1 - mask)),
+        "guided step": lambda: pipe.unet(sample, timestep, context),
+        "plain step": lambda: pipe.unet(sample[:1], timestep, context[:1]),
+        "decode": lambda: decode_pictures(pipe.vae, latents),
+        "tiny decode": lambda: decode_pictures(pipe.tiny_vae, latents),
+        "paste": lambda: paste_fill(region.picture, region.fill(fill), region.mask, region.box),
+    }
 
 
-def whole_run_table(results: dict[str, dict]) -> str:
-    lines = ["| whole run, 512 px | steps | s | ratio | ratio of CPU time | largest difference of the latents |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
-    first = results["reference"]
-    for name, row in results.items():
-        difference = f"{row['difference']:.1e}" if "difference" in row else ""
-        ratios = f"{row['wall'] / first['wall']:.3f} | {row['cpu'] / first['cpu']:.3f}"
-        lines.append(f"| {name} | {row['steps']} | {row['wall']:.1f} | {ratios} | {difference} |")
+def measure_whole_run(
+    config: dict,
+    device: str,
+    steps: int,
+    rounds: int = 1,
+    vae_widths: tuple[int, ...] = (128, 256, 512, 512),
+    tiny_vae: str | None = None,
+) -> dict:
+    """
+    What the parts of a run at 512 px take, and whole runs made up of them.
+
+    Each part is timed once a round, in turns, after a round that does not count. Runs are sums. Those of 20 steps have
+    `strength` 0.99, which encodes twice and leaves out a step; few steps encode once, and two of five are not guided.
+
+    Args:
+        config (`dict`): The U-Net's configuration.
+        device (`str`): `"cpu"` or `"cuda"`.
+        steps (`int`): Steps of the schedule in a default run.
+        rounds (`int`, defaults to 1): How often each part is timed.
+        vae_widths (`tuple[int, ...]`): Widths of the autoencoder's levels.
+        tiny_vae (`str`, *optional*): Folder or repository of the tiny autoencoder; random weights by default.
+
+    Returns:
+        `dict`: `parts` (processor seconds, on GPUs seconds, by variant and part), `runs` (the same by run and stage)
+        and `difference` (of the prepared decoder from that as loaded, in grey levels).
+    """
+    clock = time.process_time if device == "cpu" else lambda: now(device)
+    pipes = {name: make_pipeline(config, vae_widths, tiny_vae).to(device) for name in ("as loaded", "prepared")}
+    pipes["prepared"].prepare_for_inference()
+    jobs = {name: make_parts(pipe, device) for name, pipe in pipes.items()}
+    jobs["reference"] = {name: jobs["as loaded"][name] for name in ("guided step", "plain step")}
+    seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name, parts in jobs.items()}
+    with torch.no_grad():
+        for turn in range(rounds + 1):
+            for name, parts in jobs.items():
+                pipes["as loaded"].unet.set_lambda_algorithm("reference" if name == "reference" else "fast")
+                for part, run in parts.items():
+                    start = clock()
+                    run()
+                    if turn:
+                        seconds[name][part].append(clock() - start)
+        pictures = [jobs[name]["decode"]() for name in pipes]
+    parts = {name: {part: statistics.median(each) for part, each in row.items()} for name, row in seconds.items()}
+    parts["reference"] = parts["as loaded"] | parts["reference"]  # the processors are those of the U-Net alone
+    runs = {}
+    for run, name, encodes, guided, plain, decode in (
+        ("original", "reference", 2, int(0.99 * steps), 0, "decode"),
+        ("as loaded", "as loaded", 2, int(0.99 * steps), 0, "decode"),
+        ("default", "prepared", 2, int(0.99 * steps), 0, "decode"),
+        ("few steps", "prepared", 1, 3, 2, "decode"),
+        ("fast", "prepared", 1, 3, 2, "tiny decode"),
+    ):
+        row = parts[name]
+        runs[run] = {
+            "encode": encodes * row["encode"],
+            "denoise": guided * row["guided step"] + plain * row["plain step"],
+            "decode": row[decode],
+            "paste": row["paste"],
+        }
+    return {"parts": parts, "runs": runs, "difference": 255 * (pictures[0] - pictures[1]).abs().max().item()}
+
+
+def whole_run_table(result: dict) -> str:
+    """Parts and runs as Markdown tables."""
+    names = list(result["parts"]["as loaded"])
+    lines = ["| 512 px, s | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
+    for variant, row in result["parts"].items():
+        lines.append(f"| {variant} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |")
+    first = sum(result["runs"]["original"].values())
+    lines += [
+        "",
+        "| whole run, 512 px, s | encode | denoise | decode | paste | sum | ratio |",
+        "|---" + "|---:" * 6 + "|",
+    ]
+    for name, row in result["runs"].items():
+        total = sum(row.values())
+        cells = [f"{value:.2f}" for value in [*row.values(), total]]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {total / first:.3f} |")
+    lines += ["", f"Decoded pictures, prepared against as loaded: {result['difference']:.4f} grey levels at most."]
     return "\n".join(lines)
 
 
@@ -482,13 +550,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config", type=Path, help="JSON file with the U-Net's configuration; default: that of the paper")
-    add("--sizes", nargs="+", type=parse_size, default=[(256, 256), (512, 512), (512, 768)], help="e.g. 512 768x512")
+    add("--sizes", nargs="*", type=parse_size, default=[(256, 256), (512, 512), (512, 768)], help="e.g. 512 768x512")
     add("--batches", nargs="*", type=int, default=[4], help="further batches, of the first row and folded at 512 px")
     add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:5], help="compiled and onnx take minutes")
     add("--rounds", type=int, default=5)
     add(
-        "--whole_run", type=int, metavar="STEPS", help="also whole runs with guidance, such as 20 steps; takes minutes"
+        "--whole_run",
+        type=int,
+        metavar="STEPS",
+        help="also what whole runs take, such as 20 steps, from their parts; takes minutes",
     )
+    add("--tiny_vae", help="folder or repository of the tiny autoencoder of whole runs; default: random weights")
     add("--threads", type=int, help="threads of PyTorch; default: its own choice")
     add("--devices", nargs="+", choices=("cpu", "cuda"), help="default: the CPU, and the GPU where there is one")
     add("--skip_command", action="store_true", help="leave out import time and command line")
@@ -524,7 +596,9 @@ def main(arguments: list[str] | None = None) -> None:
         print("**Growth with area and batch**\n\n" + growth_table(results) + "\n", flush=True)
         report["sizes"] += results
         if args.whole_run is not None:
-            report.setdefault("whole_runs", {})[device] = measure_whole_run(args.config, device, args.whole_run)
+            report.setdefault("whole_runs", {})[device] = measure_whole_run(
+                args.config, device, args.whole_run, args.rounds, tiny_vae=args.tiny_vae
+            )
             print(whole_run_table(report["whole_runs"][device]) + "\n", flush=True)
     if not args.skip_command:
         report["import"] = measure_import()

@@ -1,24 +1,25 @@
 #!/usr/bin/env python3
-"""Measures how well a model fills holes, under the paper's protocols or on photos of your own, as a Markdown table.
+"""Measures how well methods fill holes, under the paper's protocols or on photos of your own, as a Markdown table.
 
-    python benchmarks/quality.py --model nano --data photos-val.tar --lpips_weights alex.safetensors
+    python benchmarks/quality.py --method nano patchmatch telea --data photos-val.tar --lpips_weights alex.safetensors
     python benchmarks/quality.py --protocol celebahq-512 --data celebahq/ --results runs/celebahq
+    python benchmarks/quality.py --protocol places2-test --method flux-fill --settings benchmarks/paper_methods.toml \\
+        --data places2/ --results runs/flux
     accelerate launch --num_processes 4 benchmarks/quality.py --protocol places2-test --data places2/ \\
         --guidance_scale 1 1.5 2 2.5 3 --results runs/guidance
 
+A method is `nano`, a folder or repository with a Moebius pipeline (`hustvl/Moebius/ft_places2`), a section of the TOML
+file `--settings` (any inpainting pipeline of diffusers, with prompt, steps and guidance), `mean`, `telea`,
+`navier-stokes` or `patchmatch`, or `results:FOLDER` with pictures made elsewhere; `NAME=METHOD` names its row.
+
 `custom`, the protocol without a name, takes a folder or a tar file of photos `NAME.jpg` (or .png) with a mask
-`NAME.mask.png` (white = hole) and, if there is one, a `NAME.json` whose `mask` names the kind of hole, and sets
-PatchMatch (`pypatchmatch`), OpenCV's two methods and a mean-colour fill beside the model. The others take photos
-alone, cut the largest centred square out of each, bring it to their size, and draw the hole from the seed and the
-photo's number, or take it from `--masks`. `PROTOCOLS` in `quality_data.py` says what each fixes.
+`NAME.mask.png` (white = hole) and, if there is one, a `NAME.json` whose `mask` names the kind of hole. The others take
+photos alone, cut the largest centred square out of each, bring it to their size, and draw the hole from the seed and
+the photo's number, or take it from `--masks`. `PROTOCOLS` in `quality_data.py` says what each fixes.
 
 No method sees what was in the hole: it is blanked with the mean colour of the visible pixels first, which is also the
 mean-colour fill. What a method returns is pasted onto the photo with a hard edge, so that methods differ in the hole
-alone; the model is asked for its raw picture (`paste=None`), since a feathered paste would blend the blank colour in,
-or for the seamless paste where that is its default, which looks at nothing inside the hole either.
-The scores, but for the FID each the mean over the pictures of its value for one picture, on 8-bit RGB at the size of
-the photo or of the protocol:
-
+alone.
 - PSNR: 10 log10(255² / mean squared error), the error taken over the hole's pixels alone or the picture's, in dB.
 - SSIM: the map of the structural similarity (Wang et al. 2004: Gaussian window of deviation 1.5, a map for each
   channel) between pasted picture and photo, averaged over the hole or the picture.
@@ -40,6 +41,7 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,8 +49,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
-from efficiency import efficiency_table, measure_efficiency
-from PIL import Image, ImageDraw
+from PIL import Image
 from quality_data import PROTOCOLS, Protocol, Sample, Samples
 from quality_metrics import (
     FeatureExtractor,
@@ -65,63 +66,41 @@ from quality_report import (
     describe_environment,
     encode_features,
     markdown_table,
+    picture_path,
     report_markdown,
     summarise,
     write_report,
 )
 from tqdm.auto import tqdm
 
-from diffusers_moebius.evaluation.methods import CLASSICAL, Method, blank_hole
+from diffusers_moebius.evaluation.methods import (
+    CLASSICAL,
+    Method,
+    PipelineMethod,
+    blank_hole,
+    make_method,
+    read_settings,
+    split_names,
+)
 from diffusers_moebius.training.perceptual import ALEXNET, LPIPS
 
 PUBLISHED = ("hustvl/Moebius", "hustvl/PixelHacker")
 
 
-def load_baselines() -> tuple[dict[str, Method], list[str]]:
-    """What a user would pick instead of a model; a note says which of them is not installed."""
-    baselines = {
-        "mean colour": CLASSICAL["mean"],
-        "OpenCV Telea": CLASSICAL["telea"],
-        "OpenCV Navier–Stokes": CLASSICAL["navier-stokes"],
-    }
-    if find_spec("patchmatch") is None:
-        return baselines, ["PatchMatch was not measured: it needs `pypatchmatch` (extra `eval`)"]
-    return baselines | {"PatchMatch": CLASSICAL["patchmatch"]}, []
-
-
-def load_pipeline(args: argparse.Namespace):
-    """Returns the pipeline that `--model` names, on its device."""
-    from diffusers_moebius import MoebiusInpaintPipeline
-
-    options = {} if args.checkpoint is None else {"checkpoint": args.checkpoint}
-    pipe = MoebiusInpaintPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
-    pipe.to(args.device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def pipeline_method(pipe, args: argparse.Namespace, guidance_scale: float | None) -> Method:
-    """Returns a method that runs the pipeline; picture `i` is drawn with the seed `--seed` + i."""
-    call = {"num_inference_steps": args.steps, "guidance_scale": guidance_scale, "strength": args.strength}
-    call = {name: value for name, value in call.items() if value is not None}
-    call["paste"] = "seamless" if pipe.config.default_paste == "seamless" else None
-
-    def method(blanked: np.ndarray, mask: np.ndarray, name: str, seed: int) -> np.ndarray:
-        result = pipe(
-            image=Image.fromarray(blanked),
-            mask_image=Image.fromarray(mask.astype(np.uint8) * 255),
-            generator=torch.Generator().manual_seed(seed),
-            **call,
-        ).images[0]
-        return np.asarray(result.convert("RGB"))
-
-    return method
-
-
-def method_names(args: argparse.Namespace) -> dict[str, float | None]:
-    """The names of the model's rows, with their guidance scales: several if `--guidance_scale` sweeps."""
-    name, scales = Path(args.model).name, args.guidance_scale or [None]
-    return {name if len(scales) == 1 else f"{name}, guidance {scale:g}": scale for scale in scales}
+def load_methods(args: argparse.Namespace) -> dict[str, Method]:
+    """The methods that `--method` names, on their device; several `--guidance_scale` make several of a pipeline."""
+    sections = {} if args.settings is None else read_settings(args.settings)
+    scales, methods = args.guidance_scale or [None], {}
+    call = {"num_inference_steps": args.steps, "strength": args.strength, "guidance_scale": scales[0]}
+    call = {key: value for key, value in call.items() if value is not None}
+    for name, spec in split_names(args.method).items():
+        method = make_method(spec, sections, args.device, getattr(torch, args.dtype), **call)
+        if len(scales) > 1 and isinstance(method, PipelineMethod) and spec not in sections:
+            for scale in scales:
+                methods[f"{name}, guidance {scale:g}"] = replace(method, call={**method.call, "guidance_scale": scale})
+        else:
+            methods[name] = method
+    return methods
 
 
 def paste(photo: np.ndarray, result: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -163,30 +142,22 @@ def measure_methods(
     inception: FeatureExtractor | None,
     output: Path | None = None,
 ) -> dict:
-    """Scores all methods on one photo, as `summarise` takes it; `output` is a folder for a sheet of the pictures."""
-    scores, panels, features = {}, {"input": blank_hole(sample.photo, sample.mask)}, {}
+    """Scores all methods on one photo, as `summarise` takes it; `output` is a folder for the pictures."""
+    scores = {}
+    pictures = {"photo": sample.photo, "input": blank_hole(sample.photo, sample.mask), "mask": sample.mask}
     for name, method in methods.items():
-        scores[name], panels[name] = measure(sample, method, seed, lpips)
+        scores[name], pictures[name] = measure(sample, method, seed, lpips)
     picture = {"index": index, "name": sample.name, "mask": sample.kind, "mask_area": float(sample.mask.mean())}
     if inception is not None:
-        pictures = {"photo": sample.photo, **{name: panels[name] for name in methods}}
-        features = {name: encode_features(picture_features(inception, array)) for name, array in pictures.items()}
-        picture["features"] = features
+        picture["features"] = {
+            name: encode_features(picture_features(inception, pictures[name])) for name in ("photo", *methods)
+        }
     if output is not None:
-        sheet = side_by_side(panels | {"photo": sample.photo})
-        sheet.save(output / f"{sample.name.replace('/', '_')}.png")
+        for name, array in pictures.items():
+            path = picture_path(output, name, sample.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
     return picture | {"scores": scores}
-
-
-def side_by_side(panels: dict[str, np.ndarray]) -> Image.Image:
-    """Sets pictures of one size in a row, each under its name."""
-    height, width = next(iter(panels.values())).shape[:2]
-    sheet = Image.new("RGB", (len(panels) * width, height + 20), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, (name, array) in enumerate(panels.items()):
-        draw.text((column * width + 4, 4), name.replace("–", "-"), fill="black")
-        sheet.paste(Image.fromarray(array), (column * width, 20))
-    return sheet
 
 
 def load_networks(args: argparse.Namespace) -> tuple[list[LPIPS], FeatureExtractor | None, list[str]]:
@@ -210,8 +181,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--protocol", choices=PROTOCOLS, default="custom", help="what is measured, and the defaults of other options")
-    add("--model", help="`nano`, a pipeline folder or a hub repository; default: the baselines alone for `custom`")
-    add("--checkpoint", help="checkpoint of a published repository; default: the protocol's")
+    add(
+        "--method",
+        nargs="+",
+        action="extend",
+        help="what fills; default: the protocol's checkpoint, or the classical ones",
+    )
+    add("--settings", help="TOML file with sections of methods: repository, call, load")
     add("--data", required=True, help="folder or tar file of photos, for `custom` with masks")
     add("--masks", help="folder or tar file of masks `NAME.png`; default: beside the photos, or drawn by the protocol")
     add(
@@ -220,15 +196,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="safetensors files with LPIPS networks; default: that of the `lpips` package",
     )
     add("--fid_weights", help="Inception as TorchScript (.pt) or torch-fidelity's weights; default: its download")
-    add("--steps", type=int, help="denoising steps; default: the protocol's or the pipeline's")
-    add("--guidance_scale", type=float, nargs="+", help="several sweep; default: the protocol's or the pipeline's")
-    add("--strength", type=float, help="default: the protocol's or the pipeline's")
+    add("--steps", type=int, help="denoising steps of Moebius pipelines; default: the protocol's or their own")
+    add("--guidance_scale", type=float, nargs="+", help="of Moebius pipelines; several sweep; default as above")
+    add("--strength", type=float, help="of Moebius pipelines; default as above")
     add("--limit", type=int, help="number of photos, spread evenly over the data; default: all")
     add("--resolution", type=int, help="for `custom`: resize to this shorter side before anything else")
     add("--results", help="folder for the scores of each picture and the report; an interrupted run goes on")
-    add("--output", help="folder for side-by-side pictures")
+    add("--output", help="folder for the pictures METHOD/NAME.png and input, mask and photo")
     add("--json", dest="json_file", help="file for settings, means and the scores of each picture")
-    add("--efficiency", action="store_true", help="measure parameters, multiply-adds and latency of the model too")
     add("--seed", type=int, default=0)
     add("--device", help="default: CUDA if it is there, else the CPU; a GPU for each process")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -244,31 +219,33 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if protocol.resolution is not None:
         if args.resolution is not None:
             parser.error(f"`--resolution` is {protocol.resolution} by `--protocol {args.protocol}`; leave it out")
-        args.model = args.model or PUBLISHED[0]
+        args.method = args.method or [PUBLISHED[0]]
+        args.method = [f"{name}/{protocol.checkpoint}" if name in PUBLISHED else name for name in args.method]
         args.steps = args.steps or protocol.num_inference_steps
         args.guidance_scale = args.guidance_scale or [protocol.guidance_scale]
         args.strength = protocol.strength if args.strength is None else args.strength
-        if args.model in PUBLISHED:
-            args.checkpoint = args.checkpoint or protocol.checkpoint
-    if args.efficiency and args.model is None:
-        parser.error("`--efficiency` measures a model: name one with `--model`")
+    if args.method is None:
+        args.method = [name for name in CLASSICAL if name != "patchmatch" or find_spec("patchmatch")]
     return args
 
 
 def scores_depend_on(args: argparse.Namespace, samples: Samples, measured: list[str]) -> dict:
     """The settings that may not change while a run goes on."""
-    names = ("protocol", "model", "checkpoint", "steps", "guidance_scale", "strength", "limit", "resolution", "seed")
+    names = ("protocol", "method", "steps", "guidance_scale", "strength", "limit", "resolution", "seed")
     settings = {name: getattr(args, name) for name in (*names, "dtype")}
     for name in ("data", "masks", "fid_weights"):
         value = getattr(args, name)
         settings[name] = None if value is None else str(Path(value).resolve())
+    if args.settings is not None:
+        sections, used = read_settings(args.settings), split_names(args.method).values()
+        settings["settings"] = {name: asdict(sections[name]) for name in used if name in sections}
     photos = hashlib.sha256("\n".join(samples.names).encode()).hexdigest()
     return settings | {"metrics": measured, "pictures": len(samples), "names_sha256": photos}
 
 
 def describe_run(args: argparse.Namespace, protocol: Protocol, count: int, has_fid: bool) -> list[str]:
     """What a reader of the numbers must know."""
-    notes = [f"{count} pictures; holes blanked before the model sees them, results pasted with a hard edge"]
+    notes = [f"{count} pictures; holes blanked before a method sees them, results pasted with a hard edge"]
     if protocol.mask_preset is not None:
         notes[0] += f"; the paper takes {protocol.data}"
         if args.masks is None:
@@ -308,17 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
         state.wait_for_everyone()
     pending = [i for i in range(state.process_index, len(samples), state.num_processes) if i not in done]
 
-    methods = {}
-    if args.protocol == "custom":
-        methods, missing = load_baselines()
-        notes += missing
-    pipe = None
-    if args.model is not None and (pending or args.efficiency):
-        pipe = load_pipeline(args)
-        methods |= {name: pipeline_method(pipe, args, scale) for name, scale in method_names(args).items()}
-    if args.output is not None:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-
+    methods = load_methods(args) if pending else {}
     fresh = []
     for index in tqdm(pending, file=sys.stderr, disable=not state.is_main_process):
         output = None if args.output is None else Path(args.output)
@@ -332,15 +299,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     pictures = [done[index] for index in range(len(samples))]
     summary = summarise(pictures)
-    efficiency = None
-    if args.efficiency:
-        efficiency = {Path(args.model).name: measure_efficiency(pipe, args.steps, args.strength)}
     columns = PAPER_COLUMNS
     if args.protocol == "custom":
         columns = HOLE_COLUMNS if inception is None else (*HOLE_COLUMNS, "fid")
     print(markdown_table(summary, columns))
-    if efficiency is not None:
-        print(f"\n{efficiency_table(efficiency)}")
     report = {
         "protocol": args.protocol,
         "description": protocol.data,
@@ -353,12 +315,10 @@ def main(arguments: list[str] | None = None) -> None:
         "settings": vars(args),
         "notes": notes + describe_run(args, protocol, len(pictures), inception is not None),
         "means": summary,
-        "efficiency": efficiency,
         "pictures": [{name: picture[name] for name in picture if name != "features"} for picture in pictures],
     }
     if args.results is not None:
-        table = None if efficiency is None else efficiency_table(efficiency)
-        write_report(args.results, report, report_markdown(report | {"efficiency": table}, columns))
+        write_report(args.results, report, report_markdown(report, columns))
     if args.json_file is not None:
         Path(args.json_file).write_text(json.dumps(report, indent=2) + "\n")
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ class Protocol:
         num_inference_steps (`int`, *optional*): Denoising steps; `None` leaves them to the pipeline.
         guidance_scale (`float`, *optional*): Guidance scale; `None` leaves it to the pipeline.
         strength (`float`, *optional*): Strength; `None` leaves it to the pipeline.
+        count (`int`, *optional*): Number of photos, drawn by the seed 0 from those that are there; all by default.
         reported (`str`, *optional*): Scores that the paper gives for the published weights, where we know them.
     """
 
@@ -40,6 +42,7 @@ class Protocol:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     strength: float | None = None
+    count: int | None = None
     reported: str | None = None
 
 
@@ -47,7 +50,9 @@ _SCENES = {"checkpoint": "ft_places2", "num_inference_steps": 20, "guidance_scal
 _PORTRAITS = {"num_inference_steps": 20, "guidance_scale": 2.0, "strength": 0.99}
 # The paper's mask files are not published: where it names a kind of hole, the preset that comes nearest stands for it.
 PROTOCOLS = {
-    "places2-test": Protocol("10,000 photos of Places2's test set", 512, "thick_512", (0.4, 0.5), **_SCENES),
+    "places2-test": Protocol(
+        "10,000 photos of Places2's test set", 512, "thick_512", (0.4, 0.5), **_SCENES, count=10_000
+    ),
     "places2-large": Protocol("36,500 photos of Places2's validation set", 512, "thick_512", **_SCENES),
     "places2-small": Protocol(
         "36,500 photos of Places2's validation set", 512, "medium_512", **_SCENES, reported="FID 0.92, LPIPS 0.091"
@@ -63,6 +68,16 @@ PROTOCOLS = {
     ),
     "ffhq-256": Protocol(
         "10,000 photos of FFHQ", 256, "thick_256", checkpoint="ft_ffhq", **_PORTRAITS, reported="FID 8.15, LPIPS 0.231"
+    ),
+    # The paper's Table 7, whose draws are not published.
+    "lvis-512": Protocol("10,000 photos of LVIS", 512, "thick_512", (0.4, 0.5), **_SCENES, count=10_000),
+    "deepfakeface-512": Protocol(
+        "3,000 photos of the subset wiki of DeepFakeFace",
+        512,
+        "thick_512",
+        checkpoint="ft_celebahq",
+        **_PORTRAITS,
+        count=3_000,
     ),
     "custom": Protocol("photos of your own, with masks beside them"),
 }
@@ -96,7 +111,7 @@ class Samples:
             of the photo's size or of `resolution`. By default they are drawn if the protocol draws its holes, and
             lie beside the photos as `NAME.mask.png` otherwise.
         protocol ([`Protocol`], defaults to `PROTOCOLS["custom"]`): Crop, and the holes to draw.
-        limit (`int`, *optional*): Number of photos to take, spread evenly over all of them; all by default.
+        limit (`int`, *optional*): Number of photos to take, spread evenly over those of the protocol; all by default.
         resolution (`int`, *optional*): Without a protocol's crop, resizes each photo so that its shorter side has so
             many pixels.
         seed (`int`, defaults to 0): A drawn hole depends on the seed and the photo's number among all photos.
@@ -121,8 +136,10 @@ class Samples:
         if not photos:
             raise ValueError(f"`data` must hold photos ({', '.join(PHOTO_SUFFIXES)}), but {str(data)!r} does not.")
         self.numbers = list(range(len(photos)))
+        if protocol.count is not None and protocol.count < len(photos):
+            self.numbers = sorted(random.Random(0).sample(self.numbers, protocol.count))
         if limit is not None:
-            self.numbers = sorted({round(i) for i in np.linspace(0, len(photos) - 1, limit)})
+            self.numbers = [self.numbers[i] for i in sorted({round(i) for i in np.linspace(0, len(self) - 1, limit)})]
         self.photos = [photos[i] for i in self.numbers]
         self.names = [name.rpartition(".")[0] for name in self.photos]
 
@@ -139,7 +156,7 @@ class Samples:
             self.mask_names.append(found[0])
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):

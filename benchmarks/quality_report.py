@@ -3,6 +3,7 @@
 import base64
 import json
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def encode_features(features: np.ndarray) -> str:
 def decode_features(text: str) -> np.ndarray:
     """Reads what `encode_features` wrote."""
     return np.frombuffer(base64.b64decode(text), "<f4")
+
+
+def picture_path(folder: Path, method: str, name: str) -> Path:
+    """Where a method's picture of a photo lies, or for `photo`, `input` and `mask` those."""
+    return folder / re.sub(r"[^\w.,=-]+", "-", method) / f"{name}.png"
 
 
 class Journal:
@@ -196,13 +202,11 @@ def report_markdown(report: dict, columns: tuple[str, ...]) -> str:
     Writes a report for people.
 
     Args:
-        report (`dict`): `protocol`, `description`, `reported`, `command`, `environment`, `settings`, `notes`, `means`
-            and, if it was measured, `efficiency` (a Markdown table).
+        report (`dict`): `protocol`, `description`, `reported`, `command`, `environment`, `settings`, `notes` and
+            `means`.
         columns (`tuple[str, ...]`): Metrics to show.
     """
     lines = [f"# {report['protocol']}", "", markdown_table(report["means"], columns), ""]
-    if report["efficiency"]:
-        lines += [report["efficiency"], ""]
     if report["reported"]:
         lines += [f"The paper reports {report['reported']} ({report['description']}); not measured here.", ""]
     lines += [f"- {note}" for note in report["notes"]]

@@ -93,7 +93,7 @@ def measure_balance(student_widths, teacher_widths, size: int, batch: int, repea
         if mode is None:
             sum(losses.values()).backward()
         else:
-            AdaptiveBalance.of_student(student, mode)(losses, output.sample).total.backward()
+            AdaptiveBalance(student, mode)(losses, output.sample).total.backward()
 
     modes = {"added up": None, "release": "release", "paper": "paper"}
     times = time_in_turns({name: partial(step, mode) for name, mode in modes.items()}, repeats)

@@ -1,5 +1,6 @@
 """Tiny real components that several tests build on."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,109 @@ def selector_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "sam"
     Sam2Model(config).save_pretrained(folder)
     return folder
+
+
+def clip_parts(folder: Path) -> tuple:
+    """A tiny CLIP text model of random weights, as a class and its configuration, with a tokenizer of letters."""
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        projection_dim=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return config, tokenizer
+
+
+def two_level_vae(**options) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def sdxl_inpaint_folder(tmp_path_factory) -> Path:
+    """A saved SDXL inpainting pipeline of random weights."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = tmp_path_factory.mktemp("sdxl")
+    torch.manual_seed(0)
+    text, tokenizer = clip_parts(folder)
+    StableDiffusionXLInpaintPipeline(
+        vae=two_level_vae(),
+        text_encoder=CLIPTextModel(text),
+        text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(
+            in_channels=9,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            transformer_layers_per_block=(1, 1),
+            projection_class_embeddings_input_dim=64,
+            cross_attention_dim=32,
+            norm_num_groups=4,
+        ),
+        scheduler=EulerDiscreteScheduler(),
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def flux_fill_folder(tmp_path_factory) -> Path:
+    """A saved FLUX-Fill pipeline of random weights."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTransformer2DModel
+    from tokenizers import Tokenizer
+    from tokenizers.models import Unigram
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
+
+    folder = tmp_path_factory.mktemp("flux")
+    torch.manual_seed(0)
+    text, tokenizer = clip_parts(folder)
+    words = Tokenizer(Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁sky", -2.0)], unk_id=2))
+    # Latents of 4 channels, packed 2x2, beside those of the masked picture and the mask of 2x2 pixels a latent.
+    packed = {"in_channels": 16 + 16 + 4 * 4, "out_channels": 16}
+    FluxFillPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=two_level_vae(latent_channels=4, shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=4, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        ),
+        tokenizer_2=T5TokenizerFast(tokenizer_object=words, model_max_length=16, extra_ids=0),
+        transformer=FluxTransformer2DModel(
+            **packed,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"

@@ -31,7 +31,7 @@ from transformers import (
 
 from diffusers_moebius.pictures.files import replace_file
 from diffusers_moebius.pictures.mask import dilate_mask
-from diffusers_moebius.training.picture_sources import PictureReader
+from diffusers_moebius.training.picture_sources import list_pictures, read_picture
 
 logger = logging.getLogger("prepare_masks")
 POINT_BATCH = 64  # points that a SAM is asked at once
@@ -73,18 +73,13 @@ def load_segmenter(args: argparse.Namespace) -> Callable[[Image.Image], Segments
     """A function from a photo to the masks in it, from whichever of the two kinds the model is."""
     name, options = args.pretrained_model_name_or_path, {"revision": args.revision}
     config = AutoConfig.from_pretrained(name, **options)
-    is_sam = type(config) in AutoModelForMaskGeneration._model_mapping
-    if not is_sam and (
-        type(config) not in AutoModelForUniversalSegmentation._model_mapping or config.model_type == "oneformer"
-    ):
+    is_sam = config.model_type.startswith("sam")
+    if not is_sam and not config.model_type.startswith(("mask2former", "maskformer", "eomt")):
         raise ValueError(
             "`pretrained_model_name_or_path` must be a Mask2Former, a MaskFormer, an EoMT or a"
             f" SAM, but {name!r} is of type {config.model_type!r}."
         )
-    try:
-        processor = (AutoProcessor if is_sam else AutoImageProcessor).from_pretrained(name, **options)
-    except ImportError as error:
-        raise ValueError(f"`pretrained_model_name_or_path` {name!r} needs a package more: {error}") from error
+    processor = (AutoProcessor if is_sam else AutoImageProcessor).from_pretrained(name, **options)
     model_class = AutoModelForMaskGeneration if is_sam else AutoModelForUniversalSegmentation
     model = model_class.from_pretrained(name, **options).to(args.device).eval()
 
@@ -121,13 +116,14 @@ def segments_at_points(model, processor, photo: Image.Image, points_per_side: in
     inputs = processor(images=photo, input_points=[points], return_tensors="pt").to(model.device)
     embeddings = model.get_image_embeddings(inputs["pixel_values"])
     sizes = [inputs[name].cpu() for name in ("original_sizes", "reshaped_input_sizes") if name in inputs]
+    border = getattr(processor.image_processor, "mask_threshold", 0.0)  # the logit above which a mask begins
     found: list[tuple[float, np.ndarray]] = []
     for first in range(0, len(points), POINT_BATCH):
         chunk = inputs["input_points"][:, first : first + POINT_BATCH]
         outputs = model(image_embeddings=embeddings, input_points=chunk, multimask_output=True)
         logits, scores = outputs.pred_masks[0].flatten(0, 1), outputs.iou_scores[0].flatten()  # [P × 3, h, w], [P × 3]
-        smaller = (logits > model_threshold(processor) + STABILITY_OFFSET).sum((1, 2))
-        larger = (logits > model_threshold(processor) - STABILITY_OFFSET).sum((1, 2))
+        smaller = (logits > border + STABILITY_OFFSET).sum((1, 2))
+        larger = (logits > border - STABILITY_OFFSET).sum((1, 2))
         kept = (scores >= score_threshold) & (smaller >= MIN_STABILITY * larger) & (smaller > 0)
         if kept.any():
             (masks,) = processor.post_process_masks(logits[kept][None, :, None].cpu(), *sizes)  # [K, 1, H, W]
@@ -138,11 +134,6 @@ def segments_at_points(model, processor, photo: Image.Image, points_per_side: in
         if all((mask & other).sum() <= SAME_OBJECT * (mask | other).sum() for other, _, _ in distinct):
             distinct.append((mask, score, None))
     return distinct
-
-
-def model_threshold(processor) -> float:
-    """The logit above which a SAM's mask begins."""
-    return getattr(processor.image_processor, "mask_threshold", 0.0)
 
 
 def choose(segments: Segments, args: argparse.Namespace) -> list[tuple[np.ndarray, str]]:
@@ -164,21 +155,12 @@ def save_mask(mask: np.ndarray, path: Path) -> None:
         Image.fromarray(mask).convert("L").save(file, "PNG")
 
 
-def finished_photos(journal: Path, settings: dict) -> dict[str, list[dict]]:
-    """The photos that an interrupted run has done, with their lines; the journal is left ready to be appended to."""
-    done: dict[str, list[dict]] = {}
-    lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
-    if lines and not lines[-1].endswith(b"\n"):  # the last line was being written
+def finished_lines(metadata: Path) -> list[str]:
+    """The lines of the photos that an interrupted run has done; each photo's last is the one without a mask."""
+    lines = metadata.read_text().splitlines(keepends=True) if metadata.exists() else []
+    while lines and not (lines[-1].endswith("\n") and "mask" not in json.loads(lines[-1])):
         lines.pop()
-    if lines and json.loads(lines[0]) != settings:
-        raise ValueError(
-            f"`output_dir` {str(journal.parent)!r} was begun with {json.loads(lines[0])}, and not with {settings}."
-        )
-    for line in lines[1:]:
-        done |= json.loads(line)
-    with replace_file(journal) as file:
-        file.write(b"".join(lines) or json.dumps(settings).encode() + b"\n")
-    return done
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -189,45 +171,46 @@ def main(arguments: list[str] | None = None) -> None:
     for folder in args.train_data_dir:
         if not Path(folder).is_dir():
             raise ValueError(f"`train_data_dir` must be folders, but {folder!r} is none.")
-    # Each folder by itself, for the names of its masks.
-    readers = [(Path(folder), PictureReader([folder])) for folder in args.train_data_dir]
-    total = sum(len(reader) for _, reader in readers)
     settings = {name: value for name, value in vars(args).items() if name not in ("device", "output_dir")}
-    # One line for each photo that is done: an interrupted run goes on behind the last complete one.
-    journal = output_dir / "journal.jsonl"
-    done = finished_photos(journal, settings)
-    segment = load_segmenter(args) if len(done) < total else None
+    settings_file, metadata = output_dir / "settings.json", output_dir / "metadata.jsonl"
+    begun = json.loads(settings_file.read_text()) if settings_file.exists() else settings
+    if begun != settings:
+        raise ValueError(f"`output_dir` {args.output_dir!r} was begun with {begun}, and not with {settings}.")
+    segment = load_segmenter(args)
+    lines, unreadable = finished_lines(metadata), []
+    done = {json.loads(line)["image"] for line in lines}
+    for path, text in ((settings_file, json.dumps(settings)), (metadata, "".join(lines))):
+        with replace_file(path) as file:
+            file.write(text.encode())
+    # Each folder by itself, for the names of its masks.
+    folders = enumerate(map(Path, args.train_data_dir))
+    photos = [(number, folder, record) for number, folder in folders for record in list_pictures([folder])]
 
-    with journal.open("a") as file, tqdm(total=total, initial=len(done), mininterval=5) as progress:
-        for number, (folder, reader) in enumerate(readers):
-            for index, record in enumerate(reader.records):
-                path = record.picture.path
-                if str(path) in done:
-                    continue
-                photo = reader.read(index)
-                lines = []
-                if photo is not None:
-                    image = Path(os.path.relpath(path, output_dir)).as_posix()
-                    for count, (mask, category) in enumerate(choose(segment(photo), args)):
-                        name = f"masks/{number}/{path.relative_to(folder).as_posix()}-{count}.mask.png"
-                        save_mask(mask, output_dir / name)
-                        lines.append({"image": image, "mask": name, "category": category})
-                    lines.append({"image": image, "category": "background"})
-                done[str(path)] = lines
-                file.write(json.dumps({str(path): lines}) + "\n")
-                file.flush()
-                progress.update()
+    with metadata.open("a") as file:
+        for number, folder, record in tqdm(photos, mininterval=5):
+            path = record.picture.path
+            image = Path(os.path.relpath(path, output_dir)).as_posix()
+            if image in done:
+                continue
+            picture = read_picture(record)
+            if picture is None:
+                unreadable.append(str(path))
+                continue
+            for count, (mask, category) in enumerate(choose(segment(picture.image), args)):
+                name = f"masks/{number}/{path.relative_to(folder).as_posix()}-{count}.mask.png"
+                save_mask(mask, output_dir / name)
+                lines.append(json.dumps({"image": image, "mask": name, "category": category}) + "\n")
+                file.write(lines[-1])
+            lines.append(json.dumps({"image": image, "category": "background"}) + "\n")
+            file.write(lines[-1])
+            file.flush()
 
-    lines = [line for entries in done.values() for line in entries]
     if not lines:
         raise ValueError("`train_data_dir` holds no readable photo.")
-    with replace_file(output_dir / "metadata.jsonl") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-    unreadable = [path for path, entries in done.items() if not entries]
     if unreadable:
         logger.warning("%d unreadable photos skipped: %s", len(unreadable), ", ".join(unreadable))
-    masks = sum("mask" in line for line in lines)
-    logger.info("%d masks in %d photos: %s", masks, len(done) - len(unreadable), output_dir / "metadata.jsonl")
+    num_photos = len(photos) - len(unreadable)
+    logger.info("%d masks in %d photos: %s", len(lines) - num_photos, num_photos, metadata)
 
 
 if __name__ == "__main__":

@@ -15,22 +15,21 @@ interrupted run (Ctrl-C, SIGTERM, a crash) goes on with `--resume_from_checkpoin
 
 import argparse
 import logging
+from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
 
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
-from diffusers_moebius.pipelines.latents import predicted_clean_latents
 from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
 from diffusers_moebius.training.data import build_dataset, describe_dataset
 from diffusers_moebius.training.denoiser import prepare_denoiser
 from diffusers_moebius.training.distillation import BALANCES, AdaptiveBalance, distillation_losses
 from diffusers_moebius.training.latent_cache import with_latents
 from diffusers_moebius.training.loop import TrainingLoop
-from diffusers_moebius.training.objective import noise_batch
-from diffusers_moebius.training.optimizers import build_lr_scheduler, build_optimizer
+from diffusers_moebius.training.objective import clean_of, noise_batch
 from diffusers_moebius.training.perceptual import build_perceptual_loss, check_perceptual_loss
-from diffusers_moebius.training.results import write_pipeline
+from diffusers_moebius.training.results import save_parts, write_results
 from diffusers_moebius.training.starting_point import build_pipeline, check_schedules, load_teacher
 from diffusers_moebius.training.validation import Validation
 
@@ -87,8 +86,6 @@ def main(arguments: list[str] | None = None) -> None:
     model = prepare_denoiser(args, pipeline)
     pipeline.vae.to(device)
     dataset = build_dataset(args, pipeline.vae, accelerator)
-    if args.cache_only:
-        return
     noise_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
     num_embeddings = model.lcg_embedder.config.num_embeddings
     perceptual_loss = build_perceptual_loss(args, pipeline.vae, device)
@@ -96,28 +93,19 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = [sum(p.numel() for p in unet.parameters()) / 1e6 for unet in (pipeline.unet, teacher)]
     logger.info("%s, student of %.1f M parameters, teacher of %.1f M", describe_dataset(args, dataset), *sizes)
 
-    # optimiser and balance
-    modules = {"unet": model.unet, "lcg_embedder": model.lcg_embedder}
-    optimizer = build_optimizer(args, modules, device, accelerator.num_processes)
-    lr_scheduler = build_lr_scheduler(args, optimizer)
-    balance = AdaptiveBalance.of_student(pipeline.unet, args.balance, loop.reduce)
+    balance = AdaptiveBalance(pipeline.unet, args.balance, loop.reduce)
     if args.torch_compile:
         # The balance goes through the graph more than once, so a compiled backward pass must leave it its tensors.
         torch._functorch.config.donated_buffer = False
 
-    def save_parts(bare, folder):
-        bare.unet.save_pretrained(folder / "unet")
-        bare.lcg_embedder.save_pretrained(folder / "lcg_embedder")
-        pipeline.scheduler.save_pretrained(folder / "scheduler")
-
-    model, optimizer, lr_scheduler = loop.prepare(model, optimizer, lr_scheduler, save_parts)
+    model, optimizer = loop.prepare(model, partial(save_parts, pipeline))
 
     def noise(batch, generators):
         batch = with_latents(batch, pipeline.vae, generators)
         return noise_batch(args, noise_schedule, batch, generators, num_embeddings, loop.reduce)
 
     needs_teacher = "coarse" in args.losses or "fine" in args.losses
-    scores, teacher_results = {}, None
+    scores, known = {}, {}
     for batch, generators in loop.batches(dataset):
         with loop.accumulate():
             noised = noise(batch, generators)
@@ -128,13 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
                     tokens = teacher_embedder(noised.category_ids).embeds
                     sample = noised.model_input.to(teacher.dtype)
                     teacher_output = teacher(sample, noised.timesteps, tokens, output_hidden_states=True)
-            clean = predicted_clean_latents(
-                output.sample.float(),
-                noised.noisy_latents,
-                noised.timesteps,
-                noise_schedule.alphas_cumprod,
-                noise_schedule.config.prediction_type,
-            )
+            clean = clean_of(output.sample, noised.noisy_latents, noised.timesteps, noise_schedule)
             losses = distillation_losses(
                 output,
                 teacher_output,
@@ -142,8 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
                 noised.latents,
                 clean,
                 perceptual_loss,
-                *(name in args.losses for name in ("coarse", "fine", "task")),
-                weight=noised.weight,
+                args.losses,
+                noised.weight,
             )
             balanced = balance(losses, output.sample)
             loss = balanced.total
@@ -157,17 +139,13 @@ def main(arguments: list[str] | None = None) -> None:
         loop.end_batch(logged | {f"weight_{name}": value for name, value in balanced.weights.items()})
 
         if validation is not None and loop.is_due(args.validation_steps):
-            if teacher_results is None:
-                teacher_results = validation.fill(teacher_pipeline)
-            with loop.validation() as bare:
-                scores = validation.loss(bare, noise_schedule)
-                results = validation.fill(pipeline)
-            scores["validation_hole_psnr"] = validation.hole_psnr(results).mean().item()
-            validation.write(loop, {"teacher": teacher_results, "student": results}, scores)
+            if not known:
+                known["teacher"] = validation.fill(teacher_pipeline)
+            scores = validation.run(loop, pipeline, noise_schedule, known)
 
     # result
     if loop.finished:
-        write_pipeline(loop, pipeline, dataset, noise, scores)
+        write_results(loop, pipeline, dataset, scores, noise)
     accelerator.end_training()
 
 

@@ -5,9 +5,10 @@
         --train_shards_path_or_url "shards/photos-*.tar" --resolution 512 --mixed_precision bf16 \\
         --method consistency --rank 16 --learning_rate 1e-4 --output_dir runs/few-step
 
-`consistency` is latent consistency distillation (arXiv 2310.04378): the student is to see the same clean latents from
-a point of the teacher's guided path and from the point one solver step earlier. `adversarial` adds a discriminator on
-the teacher's features of re-noised latents (arXiv 2403.12015), which sees the hole and its surroundings.
+`consistency` is latent consistency distillation (arXiv 2310.04378) in as many phases as the result takes steps (arXiv
+2405.18407): from a point of the teacher's guided path and from the point one solver step earlier the student is to
+arrive at the same end of the phase. `adversarial` adds a discriminator on the teacher's features of re-noised latents
+(arXiv 2403.12015), which sees the hole and its surroundings.
 
 What comes out runs by itself in `--num_inference_steps` steps without guidance: `pipe(image, mask)`. An interrupted
 run (Ctrl-C, SIGTERM, a crash) goes on with `--resume_from_checkpoint latest`.
@@ -15,41 +16,35 @@ run (Ctrl-C, SIGTERM, a crash) goes on with `--resume_from_checkpoint latest`.
 
 import argparse
 import logging
+from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
-from diffusers_moebius.training.adapters import (
-    add_adapter,
-    add_lora_arguments,
-    check_lora_arguments,
-    checkpoint_adapter_alone,
-    save_adapter,
-)
+from diffusers_moebius.training.adapters import add_adapter, add_lora_arguments, checkpoint_adapter_alone
 from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
 from diffusers_moebius.training.data import build_dataset, describe_dataset
 from diffusers_moebius.training.denoiser import prepare_denoiser
 from diffusers_moebius.training.distillation import shortened
 from diffusers_moebius.training.few_step import (
     LatentDiscriminator,
-    clean_of,
     consistency_loss,
     discriminator_loss,
     few_step_scheduler,
     generator_loss,
     gradient_penalty,
     guided_prediction,
+    phase_ends,
     solver_step,
     solver_timesteps,
 )
 from diffusers_moebius.training.latent_cache import with_latents
 from diffusers_moebius.training.loop import TrainingLoop
-from diffusers_moebius.training.objective import noise_batch
-from diffusers_moebius.training.optimizers import build_lr_scheduler, build_optimizer
+from diffusers_moebius.training.objective import clean_of, noise_batch
 from diffusers_moebius.training.perceptual import LPIPS
-from diffusers_moebius.training.results import write_adapter, write_pipeline
+from diffusers_moebius.training.results import save_parts, write_results
 from diffusers_moebius.training.starting_point import build_pipeline, check_schedules, load_teacher
 from diffusers_moebius.training.validation import Validation
 
@@ -76,7 +71,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--adversarial_weight", type=float, default=0.1, help="weight of the discriminator in the student's loss")
     add("--r1_weight", type=float, default=1e-3, help="weight of the discriminator's gradient penalty")
     add("--discriminator_learning_rate", type=float, default=1e-3, help="of AdamW, constant")
-    add("--num_inference_steps", type=int, default=4, help="steps that the result takes unless a call says otherwise")
+    add("--num_inference_steps", type=int, default=4, help="steps that it is trained for: phases of the path")
     add("--teacher_inference_steps", type=int, default=20, help="steps of the teacher in validation")
     add(
         "--lpips_weights",
@@ -89,13 +84,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(foreground_probability=0.0)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
-    check_lora_arguments(parser, args)
     if args.prediction_type is not None:
         parser.error("`--prediction_type` is the teacher's own here")
     if args.validation_inference_steps is not None or args.validation_guidance_scale is not None:
         parser.error("`--validation_inference_steps` and `--validation_guidance_scale` are given: 1, 2 and 4, without")
     if args.num_solver_steps < 1 or 1000 % args.num_solver_steps:
         parser.error(f"`--num_solver_steps` must divide 1000, but is {args.num_solver_steps}")
+    if args.num_inference_steps < 1 or args.num_solver_steps % args.num_inference_steps:
+        parser.error(
+            f"`--num_inference_steps` must divide `--num_solver_steps`, {args.num_solver_steps}, but is"
+            f" {args.num_inference_steps}"
+        )
     if args.teacher_guidance_scale and len(args.teacher_guidance_scale) > 2:
         parser.error("`--teacher_guidance_scale` must be one number or two")
     if not args.train_timesteps:
@@ -153,10 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
     model = prepare_denoiser(args, pipeline)
     pipeline.vae.to(device)
     dataset = build_dataset(args, pipeline.vae, accelerator)
-    if args.cache_only:
-        return
     schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
-    interval = schedule.config.num_train_timesteps // args.num_solver_steps
+    interval, alphas = schedule.config.num_train_timesteps // args.num_solver_steps, schedule.alphas_cumprod
     validation = Validation(args, pipeline.vae) if args.validation_data and loop.is_main else None
     lpips = LPIPS.from_pretrained(args.lpips_weights).to(device) if args.lpips_weights else None
     scales = args.teacher_guidance_scale or [teacher_pipeline.config.default_guidance_scale]
@@ -174,9 +171,6 @@ def main(arguments: list[str] | None = None) -> None:
         tokens = background.expand(len(latents), -1, -1)
         return teacher(sample, timesteps, tokens, output_hidden_states=True).hidden_states
 
-    # optimisers
-    optimizer = build_optimizer(args, {"unet": model.unet}, device, accelerator.num_processes)
-    lr_scheduler = build_lr_scheduler(args, optimizer)
     discriminator = None
     if args.method == "adversarial":
         side = args.resolution // teacher_pipeline.vae_scale_factor
@@ -188,16 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
         discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), **options)
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
 
-    def save_parts(bare, folder):
-        if args.rank is not None:
-            save_adapter(pipeline, folder)
-        else:
-            bare.unet.save_pretrained(folder / "unet")
-        pipeline.scheduler.save_pretrained(folder / "scheduler")
-
     if args.rank is not None:
         checkpoint_adapter_alone(accelerator, model)
-    model, optimizer, lr_scheduler = loop.prepare(model, optimizer, lr_scheduler, save_parts)
+    model, optimizer = loop.prepare(model, partial(save_parts, pipeline))
 
     scores, known = {}, {}
     for batch, generators in loop.batches(dataset):
@@ -216,17 +203,24 @@ def main(arguments: list[str] | None = None) -> None:
                     )
                 clean = clean_of(prediction, noisy, timesteps, schedule)
                 earlier = timesteps - interval
-                earlier_latents = solver_step(clean, noisy, timesteps, earlier, schedule.alphas_cumprod)
+                earlier_latents = solver_step(clean, noisy, timesteps, earlier, alphas)
                 earlier_input = torch.cat([earlier_latents, noised.model_input[:, noisy.shape[1] :]], 1)
-                prediction = loop.bare_model(earlier_input, earlier.clamp(min=0), ids).sample
-                target = clean_of(prediction, earlier_latents, earlier.clamp(min=0), schedule)
-                target = torch.where((earlier < 0)[:, None, None, None], earlier_latents, target)
+                ends, from_earlier = phase_ends(timesteps, args.num_inference_steps), earlier.clamp(min=0)
+                prediction = loop.bare_model(earlier_input, from_earlier, ids).sample
+                target = clean_of(prediction, earlier_latents, from_earlier, schedule)
+                target = solver_step(target, earlier_latents, from_earlier, ends, alphas)
+                target = torch.where((earlier == ends)[:, None, None, None], earlier_latents, target)
 
-            # The student sees the same clean latents from both.
+            # The student goes to the same end of the phase from both.
             output = model(noised.model_input, timesteps, ids)
             clean = clean_of(output.sample, noisy, timesteps, schedule)
-            loss = consistency_loss(clean, target, noised.weight, args.huber_c if args.loss_type == "huber" else None)
-            logged = {"loss": loss.detach(), "to_target": (clean - target).square().mean().detach()}
+            reached = solver_step(clean, noisy, timesteps, ends, alphas)
+            # A step is linear in the clean latents: divided by this factor, errors of all phases count alike.
+            factor = solver_step(torch.ones_like(clean), torch.zeros_like(clean), timesteps, ends, alphas)
+            reached, target = reached / factor, target / factor
+            huber_c = args.huber_c if args.loss_type == "huber" else None
+            loss = consistency_loss(reached, target, noised.weight, huber_c)
+            logged = {"loss": loss.detach(), "to_target": (reached - target).square().mean().detach()}
 
             # The discriminator compares them, noised anew, with the true ones.
             if discriminator is not None:
@@ -273,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # result
     if loop.finished:
-        (write_pipeline if args.rank is None else write_adapter)(loop, pipeline, dataset, scores=scores)
+        write_results(loop, pipeline, dataset, scores)
     accelerator.end_training()
 
 

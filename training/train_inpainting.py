@@ -19,6 +19,7 @@ An interrupted run (Ctrl-C, SIGTERM, a crash) goes on with `--resume_from_checkp
 
 import argparse
 import logging
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +31,8 @@ from diffusers_moebius.training.denoiser import DecodingDenoiser, prepare_denois
 from diffusers_moebius.training.latent_cache import with_latents
 from diffusers_moebius.training.loop import TrainingLoop
 from diffusers_moebius.training.objective import noise_batch
-from diffusers_moebius.training.optimizers import build_lr_scheduler, build_optimizer
 from diffusers_moebius.training.perceptual import LPIPS
-from diffusers_moebius.training.results import write_pipeline
+from diffusers_moebius.training.results import save_parts, write_results
 from diffusers_moebius.training.starting_point import build_pipeline
 from diffusers_moebius.training.validation import Validation
 
@@ -83,8 +83,6 @@ def main(arguments: list[str] | None = None) -> None:
     model = prepare_denoiser(args, pipeline)
     pipeline.vae.to(device)
     dataset = build_dataset(args, pipeline.vae, accelerator)
-    if args.cache_only:
-        return
     noise_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
     compares_pictures = bool(args.lpips_weight or args.l1_weight)
     lpips = LPIPS.from_pretrained(args.lpips_weights).to(device) if args.lpips_weight else None
@@ -96,21 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     logger.info("%s, %.1f M parameters", describe_dataset(args, dataset), size)
 
-    # optimiser
-    modules = {"unet": model.unet, "lcg_embedder": model.lcg_embedder}
-    if args.train_decoder:
-        modules["decoder"] = pipeline.vae.decoder
-    optimizer = build_optimizer(args, modules, device, accelerator.num_processes)
-    lr_scheduler = build_lr_scheduler(args, optimizer)
-
-    def save_parts(bare, folder):
-        bare.unet.save_pretrained(folder / "unet")
-        bare.lcg_embedder.save_pretrained(folder / "lcg_embedder")
-        pipeline.scheduler.save_pretrained(folder / "scheduler")
-        if args.train_decoder:
-            pipeline.vae.save_pretrained(folder / "vae")
-
-    model, optimizer, lr_scheduler = loop.prepare(model, optimizer, lr_scheduler, save_parts)
+    model, optimizer = loop.prepare(model, partial(save_parts, pipeline))
 
     def noise(batch, generators):
         batch = with_latents(batch, pipeline.vae, generators)
@@ -136,15 +120,11 @@ def main(arguments: list[str] | None = None) -> None:
         loop.end_batch(logged)
 
         if validation is not None and loop.is_due(args.validation_steps):
-            with loop.validation() as bare:
-                scores = validation.loss(bare, noise_schedule)
-                results = validation.fill(pipeline)
-            scores["validation_hole_psnr"] = validation.hole_psnr(results).mean().item()
-            validation.write(loop, {"result": results}, scores)
+            scores = validation.run(loop, pipeline, noise_schedule, {})
 
     # result
     if loop.finished:
-        write_pipeline(loop, pipeline, dataset, noise, scores)
+        write_results(loop, pipeline, dataset, scores, noise)
     accelerator.end_training()
 
 

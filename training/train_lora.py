@@ -11,24 +11,18 @@ statistics stay as they are. An interrupted run (Ctrl-C, SIGTERM, a crash) goes 
 
 import argparse
 import logging
+from functools import partial
 
 from diffusers import DDIMScheduler
 
-from diffusers_moebius.training.adapters import (
-    add_adapter,
-    add_lora_arguments,
-    check_lora_arguments,
-    checkpoint_adapter_alone,
-    save_adapter,
-)
+from diffusers_moebius.training.adapters import add_adapter, add_lora_arguments, checkpoint_adapter_alone
 from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
 from diffusers_moebius.training.data import build_dataset, describe_dataset
 from diffusers_moebius.training.denoiser import prepare_denoiser
 from diffusers_moebius.training.latent_cache import with_latents
 from diffusers_moebius.training.loop import TrainingLoop
 from diffusers_moebius.training.objective import noise_batch
-from diffusers_moebius.training.optimizers import build_lr_scheduler, build_optimizer
-from diffusers_moebius.training.results import write_adapter
+from diffusers_moebius.training.results import save_parts, write_results
 from diffusers_moebius.training.starting_point import build_pipeline
 from diffusers_moebius.training.validation import Validation
 
@@ -46,7 +40,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("`--pretrained_model_name_or_path` must name the model to adapt")
     if args.prediction_type is not None:
         parser.error("`--prediction_type` is the model's own here: an adapter is of no use with another one")
-    check_lora_arguments(parser, args)
     return args
 
 
@@ -63,23 +56,16 @@ def main(arguments: list[str] | None = None) -> None:
     model = prepare_denoiser(args, pipeline)
     pipeline.vae.to(device)
     dataset = build_dataset(args, pipeline.vae, accelerator)
-    if args.cache_only:
-        return
     noise_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
     num_embeddings = model.lcg_embedder.config.num_embeddings
     validation = Validation(args, pipeline.vae) if args.validation_data and loop.is_main else None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%s, %.2f M parameters of the adapter", describe_dataset(args, dataset), trained / 1e6)
 
-    # optimiser
-    optimizer = build_optimizer(args, {"unet": model.unet}, device, accelerator.num_processes)
-    lr_scheduler = build_lr_scheduler(args, optimizer)
     checkpoint_adapter_alone(accelerator, model)
-    model, optimizer, lr_scheduler = loop.prepare(
-        model, optimizer, lr_scheduler, lambda bare, folder: save_adapter(pipeline, folder)
-    )
+    model, optimizer = loop.prepare(model, partial(save_parts, pipeline))
 
-    scores, results_before = {}, None
+    scores, known = {}, {}
     for batch, generators in loop.batches(dataset):
         with loop.accumulate():
             batch = with_latents(batch, pipeline.vae, generators)
@@ -95,19 +81,16 @@ def main(arguments: list[str] | None = None) -> None:
         loop.end_batch({"loss": loss.detach(), "hole_error": noised.hole_error(prediction)})
 
         if validation is not None and loop.is_due(args.validation_steps):
-            with loop.validation() as bare:
-                if results_before is None:
-                    pipeline.disable_lora()
-                    results_before = validation.fill(pipeline)
-                    pipeline.enable_lora()
-                scores = validation.loss(bare, noise_schedule)
-                results = validation.fill(pipeline)
-            scores["validation_hole_psnr"] = validation.hole_psnr(results).mean().item()
-            validation.write(loop, {"without the adapter": results_before, "with it": results}, scores)
+            if not known:
+                pipeline.disable_lora()
+                with loop.validation():
+                    known["without the adapter"] = validation.fill(pipeline)
+                pipeline.enable_lora()
+            scores = validation.run(loop, pipeline, noise_schedule, known)
 
     # result
     if loop.finished:
-        write_adapter(loop, pipeline, dataset, scores)
+        write_results(loop, pipeline, dataset, scores)
     accelerator.end_training()
 
 

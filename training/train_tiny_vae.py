@@ -27,7 +27,6 @@ from diffusers_moebius.training.arguments import (
 )
 from diffusers_moebius.training.data import describe_dataset, open_pictures, set_train_steps
 from diffusers_moebius.training.loop import TrainingLoop
-from diffusers_moebius.training.optimizers import build_lr_scheduler, build_optimizer
 from diffusers_moebius.training.perceptual import LPIPS
 from diffusers_moebius.training.results import push_results
 from diffusers_moebius.training.validation import Validation
@@ -126,12 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     size = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
     logger.info("%s, %.2f M parameters", describe_dataset(args, dataset), size)
 
-    # optimiser
-    optimizer = build_optimizer(args, {"encoder": vae.encoder, "decoder": vae.decoder}, device)
-    lr_scheduler = build_lr_scheduler(args, optimizer)
-    model, optimizer, lr_scheduler = loop.prepare(
-        EncodeAndDecode(vae), optimizer, lr_scheduler, lambda bare, folder: bare.vae.save_pretrained(folder / "vae")
-    )
+    model, optimizer = loop.prepare(EncodeAndDecode(vae), lambda folder: vae.save_pretrained(folder / "vae"))
 
     for batch, generators in loop.batches(dataset):
         with loop.accumulate():

@@ -7,9 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from photo_files import HOLE, contents, mask_image, photo_image
 
-from diffusers_moebius.batch.photo import Item, MaskOptions, fill_photos, read_photo
+from diffusers_moebius import loaders
+from diffusers_moebius.batch.photo import Item, MaskOptions, fill_photos, prepare_pipeline, read_photo
 
 
 def item(mask=None, photo=None, key="a.png"):
@@ -103,3 +105,28 @@ class TestFillPhotos:
         monkeypatch.setattr(type(tiny_pipeline), "__call__", small)
         results = fill_photos(tiny_pipeline, self.read(0, 1), 0, self.options)
         assert sizes == [2, 1, 1] and all(result.size == (48, 40) for result in results)
+
+
+def test_a_prepared_pipeline_takes_its_own_steps_and_decoder(tiny_pipeline):
+    prepare_pipeline(tiny_pipeline, fast=False)
+    assert tiny_pipeline.unet.is_fused and tiny_pipeline.tiny_vae is None
+    assert tiny_pipeline.config.default_num_inference_steps == 20
+
+
+def test_a_fast_pipeline_decodes_by_a_tiny_autoencoder_of_the_same_latents(tiny_pipeline, tmp_path, monkeypatch):
+    tiny = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    tiny.save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(loaders, "TINY_AUTOENCODER", str(tmp_path / "tiny"))
+    tiny_pipeline.vae.register_to_config(scaling_factor=0.18215)  # that of other latents
+    prepare_pipeline(tiny_pipeline, fast=True)
+    assert tiny_pipeline.config.default_num_inference_steps == 5 and tiny_pipeline.tiny_vae is None
+    tiny_pipeline.vae.register_to_config(scaling_factor=0.13025)
+    prepare_pipeline(tiny_pipeline, fast=True)
+    assert isinstance(tiny_pipeline.tiny_vae, AutoencoderTiny)
+
+
+def test_a_fast_pipeline_does_without_a_tiny_autoencoder_that_cannot_be_loaded(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(loaders, "TINY_AUTOENCODER", str(tmp_path))
+    with pytest.warns(UserWarning, match="own decoder"):
+        prepare_pipeline(tiny_pipeline, fast=True)
+    assert tiny_pipeline.tiny_vae is None and tiny_pipeline.unet.is_fused

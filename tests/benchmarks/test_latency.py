@@ -101,11 +101,23 @@ def test_bfloat16_needs_hardware(latency, monkeypatch):
     assert latency.why_not("bf16", "cpu") is None
 
 
-def test_whole_runs_agree(latency):
-    results = latency.measure_whole_run(TINY | {"sample_size": 8}, "cpu", 6)
-    assert [row["steps"] for row in results.values()] == [6, 6, 5]
-    assert results["folded"]["difference"] < 1e-4
-    assert "| fast | 5 |" in latency.whole_run_table(results)
+def test_whole_runs_are_made_up_of_their_parts(latency, tmp_path):
+    tiny = latency.AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    )
+    tiny.save_pretrained(tmp_path)
+    result = latency.measure_whole_run(TINY, "cpu", 20, 1, vae_widths=(8,) * 4, tiny_vae=str(tmp_path))
+    parts, runs = result["parts"], result["runs"]
+    assert result["difference"] < 0.05
+    assert all(seconds > 0 for row in parts.values() for seconds in row.values())
+    assert runs["original"]["denoise"] == pytest.approx(19 * parts["reference"]["guided step"])
+    assert runs["default"]["encode"] == pytest.approx(2 * parts["prepared"]["encode"])
+    assert runs["fast"]["decode"] == parts["prepared"]["tiny decode"]
+    table = latency.whole_run_table(result)
+    assert "| original |" in table and "| 1.000 |" in table
 
 
 @pytest.mark.parametrize("arguments", [["--sizes", "500"], ["--sizes", "0"], ["--rounds", "0"], ["--batches", "3"]])

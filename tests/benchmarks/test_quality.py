@@ -155,11 +155,12 @@ def test_opencv_continues_a_gradient_better_than_the_mean_colour(quality, photo,
     lpips = LPIPS.from_pretrained(lpips_weights)
     sample = quality.Sample("a", photo, mask, "blob")
     scores = {
-        name: quality.measure(sample, method, 0, [lpips])[0] for name, method in quality.load_baselines()[0].items()
+        name: quality.measure(sample, quality.make_method(name), 0, [lpips])[0]
+        for name in ("mean", "telea", "navier-stokes")
     }
-    for name in ("OpenCV Telea", "OpenCV Navier–Stokes"):
-        assert scores[name]["psnr"] > scores["mean colour"]["psnr"] + 3
-        assert scores[name]["lpips_hole"] < scores["mean colour"]["lpips_hole"]
+    for name in ("telea", "navier-stokes"):
+        assert scores[name]["psnr"] > scores["mean"]["psnr"] + 3
+        assert scores[name]["lpips_hole"] < scores["mean"]["lpips_hole"]
 
 
 def test_folder_and_tar_hold_the_same_samples(quality, photo, mask, tmp_path):
@@ -217,17 +218,21 @@ def test_means_by_kind_of_hole(reports):
 
 def test_main_prints_a_table_and_writes_pictures_and_json(quality, photo, mask, lpips_weights, tmp_path, capsys):
     folder = write_data(tmp_path / "data", photo, mask)
-    options = ["--data", folder, "--lpips_weights", lpips_weights, "--output", tmp_path / "sheets"]
+    options = ["--data", folder, "--lpips_weights", lpips_weights, "--output", tmp_path / "pictures"]
     quality.main([str(option) for option in [*options, "--json", tmp_path / "scores.json"]])
     table = capsys.readouterr().out
-    assert all(f"| {name} |" in table for name in quality.load_baselines()[0])
+    assert all(f"| {name} |" in table for name in ("mean", "telea", "navier-stokes"))
     report = json.loads((tmp_path / "scores.json").read_text())
     assert [picture["name"] for picture in report["pictures"]] == ["000000", "000001", "000002"]
     assert report["means"]["blob"]["count"] == 2
-    # Input, baselines and the photo.
-    sheet = np.asarray(Image.open(tmp_path / "sheets" / "000000.png"))
-    assert sheet.shape == (SIZE + 20, (len(quality.load_baselines()[0]) + 2) * SIZE, 3)
-    np.testing.assert_array_equal(sheet[20:, -SIZE:], photo)
+    kept = {name: np.asarray(Image.open(tmp_path / "pictures" / name / "000000.png")) for name in ("photo", "telea")}
+    np.testing.assert_array_equal(kept["photo"], photo)
+    np.testing.assert_array_equal(kept["telea"][~mask], photo[~mask])
+    # What a run kept can be scored again as pictures made elsewhere.
+    again = ["--method", f"results:{tmp_path / 'pictures' / 'telea'}", "--json", tmp_path / "again.json"]
+    quality.main([str(option) for option in [*options[:4], *again]])
+    scores = json.loads((tmp_path / "again.json").read_text())["means"]["all"]["scores"]
+    assert next(iter(scores.values()))["psnr"] == report["means"]["all"]["scores"]["telea"]["psnr"]
 
 
 def test_wrong_options_are_refused(quality, capsys):
@@ -240,7 +245,7 @@ def test_wrong_options_are_refused(quality, capsys):
 def test_main_with_a_model(quality, tiny_pipeline, photo, mask, lpips_weights, tmp_path, capsys):
     tiny_pipeline.save_pretrained(tmp_path / "model")
     folder = write_data(tmp_path / "data", photo, mask, 1)
-    options = ["--data", folder, "--lpips_weights", lpips_weights, "--model", tmp_path / "model", "--steps", 2]
+    options = ["--data", folder, "--lpips_weights", lpips_weights, "--method", f"model={tmp_path}/model", "--steps", 2]
     scores = []
     for run in range(2):
         quality.main([str(option) for option in [*options, "--json", tmp_path / f"{run}.json"]])
@@ -328,14 +333,13 @@ def test_protocols_take_masks_from_a_folder(quality, photo, mask, tmp_path):
 
 def test_protocol_sets_what_the_user_leaves_out(quality, capsys):
     args = quality.parse_args(["--protocol", "celebahq-512", "--data", "x"])
-    assert (args.model, args.checkpoint, args.steps) == ("hustvl/Moebius", "ft_celebahq", 20)
+    assert (args.method, args.steps) == (["hustvl/Moebius/ft_celebahq"], 20)
     assert (args.guidance_scale, args.strength) == ([2.0], 0.99)
-    args = quality.parse_args(["--protocol", "ffhq-256", "--data", "x", "--model", "folder", "--steps", "3"])
-    assert (args.checkpoint, args.steps) == (None, 3)
+    args = quality.parse_args(["--protocol", "ffhq-256", "--data", "x", "--method", "folder", "--steps", "3"])
+    assert (args.method, args.steps) == (["folder"], 3)
     wrong = {
         "--protocol": ["--protocol", "places3"],
         "--resolution": ["--protocol", "ffhq-256", "--resolution", "64"],
-        "--efficiency": ["--efficiency"],
         "--guidance_scale": ["--guidance_scale", "1", "1"],
         "--seed": ["--seed", "-1"],
     }
@@ -349,14 +353,13 @@ def run_main(quality, *options) -> None:
     quality.main([str(option) for option in options])
 
 
-def test_sweep_with_fid_and_efficiency(
-    quality, tiny_pipeline, photo, mask, lpips_weights, fid_weights, tmp_path, capsys
-):
+def test_sweep_with_fid(quality, tiny_pipeline, photo, mask, lpips_weights, fid_weights, tmp_path, capsys):
     tiny_pipeline.save_pretrained(tmp_path / "model")
     options = ["--data", write_data(tmp_path / "data", photo, mask, 2), "--lpips_weights", lpips_weights]
-    options += ["--model", tmp_path / "model", "--steps", 2, "--strength", 1, "--fid_weights", fid_weights]
+    options += ["--method", f"model={tmp_path}/model", "mean", "--steps", 2, "--strength", 1]
+    options += ["--fid_weights", fid_weights]
     results = tmp_path / "results"
-    run_main(quality, *options, "--guidance_scale", 1, 2.5, "--efficiency", "--results", results)
+    run_main(quality, *options, "--guidance_scale", 1, 2.5, "--results", results)
     table = capsys.readouterr().out
     assert "| model, guidance 1 |" in table
     assert "| model, guidance 2.5 |" in table
@@ -371,14 +374,8 @@ def test_sweep_with_fid_and_efficiency(
         np.stack([metrics.picture_features(extractor, picture) for picture in blanked]),
         np.stack([metrics.picture_features(extractor, sample.photo) for sample in samples]),
     )
-    assert scores["mean colour"]["fid"] == pytest.approx(expected, rel=1e-6)
-    row = report["efficiency"]["model"]
-    models = (tiny_pipeline.unet, tiny_pipeline.lcg_embedder)
-    assert row["parameters"] == sum(p.numel() for model in models for p in model.parameters())
-    assert row["multiply_adds_reference"] != row["multiply_adds"] > 0
-    assert row["total_seconds"] == pytest.approx(2 * row["guided_step_seconds"])
+    assert scores["mean"]["fid"] == pytest.approx(expected, rel=1e-6)
     markdown = (results / "report.md").read_text()
-    assert "ms a guided step" in markdown
     assert "biased upwards" in markdown
     assert "torch: " in markdown
     assert "benchmarks/quality.py --data" in markdown
@@ -391,7 +388,7 @@ def test_named_protocol_without_networks(quality, tiny_pipeline, photo, tmp_path
     (tmp_path / "data").mkdir()
     for number in range(2):
         Image.fromarray(np.roll(photo, number, 1)).save(tmp_path / "data" / f"{number}.png")
-    options = ["--protocol", "ffhq-256", "--data", tmp_path / "data", "--model", tmp_path / "model", "--steps", 2]
+    options = ["--protocol", "ffhq-256", "--data", tmp_path / "data", "--method", tmp_path / "model", "--steps", 2]
     run_main(quality, *options, "--results", tmp_path / "results")
     out, err = capsys.readouterr()
     assert "| method | PSNR of the picture ↑ | SSIM of the picture ↑ | s/picture |" in out
@@ -453,7 +450,7 @@ def test_interrupted_run_goes_on(quality, photo, mask, lpips_weights, fid_weight
     whole, resumed = (
         json.loads(path.read_text())["means"]["all"] for path in (tmp_path / "whole.json", results / "report.json")
     )
-    assert whole["scores"]["mean colour"]["fid"] == resumed["scores"]["mean colour"]["fid"]
+    assert whole["scores"]["mean"]["fid"] == resumed["scores"]["mean"]["fid"]
     run_main(quality, *options, "--results", results)  # nothing is left to do
     assert measured == ["000001", "000002"]
 
@@ -475,7 +472,8 @@ def test_two_processes_give_the_numbers_of_one(
 ):
     tiny_pipeline.save_pretrained(tmp_path / "model")
     options = ["--data", write_data(tmp_path / "data", photo, mask), "--lpips_weights", lpips_weights]
-    options += ["--fid_weights", fid_weights, "--model", tmp_path / "model", "--steps", 2, "--device", "cpu"]
+    options += ["--fid_weights", fid_weights, "--method", f"model={tmp_path}/model", "telea", "--steps", 2]
+    options += ["--device", "cpu"]
     run_main(quality, *options, "--json", tmp_path / "one.json")
     # `accelerate launch --cpu --num_processes 2` starts one process only, unless MPI is there; torchrun starts two.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -491,3 +489,36 @@ def test_two_processes_give_the_numbers_of_one(
         json.loads((tmp_path / name).read_text())["means"]["all"]["scores"] for name in ("one.json", "two.json")
     )
     assert {name: row["fid"] for name, row in one.items()} == {name: row["fid"] for name, row in two.items()}
+
+
+def test_other_pipelines_have_their_own_settings(
+    quality, tiny_pipeline, sdxl_inpaint_folder, photo, mask, lpips_weights, tmp_path, capsys
+):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    settings = tmp_path / "methods.toml"
+    text = f'[sdxl]\nrepository = "{sdxl_inpaint_folder}"\ncall = {{ num_inference_steps = 2, strength = 1.0 }}\n'
+    settings.write_text(text)
+    options = ["--data", write_data(tmp_path / "data", photo, mask, 1), "--lpips_weights", lpips_weights]
+    options += ["--method", "sdxl", "--method", f"ours={tmp_path}/model", "--settings", settings, "--steps", 3]
+    run_main(quality, *options, "--guidance_scale", 1, 2, "--results", tmp_path / "results")
+    scores = json.loads((tmp_path / "results" / "report.json").read_text())["means"]["all"]["scores"]
+    assert list(scores) == ["sdxl", "ours, guidance 1", "ours, guidance 2"]
+    settings.write_text(text.replace("= 2", "= 1"))
+    with pytest.raises(ValueError, match=r"`--results`.*num_inference_steps': 1"):
+        run_main(quality, *options, "--guidance_scale", 1, 2, "--results", tmp_path / "results")
+
+
+def test_a_protocol_draws_its_photos_once_for_all(quality, photo, tmp_path):
+    from dataclasses import replace
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(20):
+        Image.fromarray(photo).save(folder / f"{number:02d}.png")
+    protocol = replace(quality.PROTOCOLS["lvis-512"], count=8)
+    drawn = quality.Samples(folder, protocol=protocol)
+    assert len(drawn) == len(set(drawn.names)) == 8 and drawn.names != [f"{number:02d}" for number in range(8)]
+    assert drawn.names == quality.Samples(folder, protocol=protocol, seed=5).names
+    few = quality.Samples(folder, protocol=protocol, limit=3)
+    assert len(few) == 3 and set(few.names) < set(drawn.names)
+    np.testing.assert_array_equal(few[2].mask, drawn[7].mask)

@@ -1,13 +1,11 @@
 """Ways to fill a hole, by name."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from diffusers_moebius.evaluation.methods import blank_hole, make_method, read_settings
+from diffusers_moebius.evaluation.methods import Settings, blank_hole, make_method, read_settings, split_names
 
 
 @pytest.fixture
@@ -54,73 +52,78 @@ def test_a_moebius_pipeline(tiny_pipeline, photo, mask, tmp_path):
     assert (once == again).all() and (once != other).any() and once.shape == photo.shape
 
 
-@pytest.fixture
-def sdxl_folder(tmp_path):
-    """A tiny random SDXL inpainting pipeline."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    torch.manual_seed(0)
-    vocabulary = tmp_path / "vocab.json"
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    vocabulary.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(vocabulary), str(tmp_path / "merges.txt"), model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=16,
-        intermediate_size=16,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        projection_dim=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    StableDiffusionXLInpaintPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-        ),
-        text_encoder=CLIPTextModel(text),
-        text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=UNet2DConditionModel(
-            in_channels=9,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(2, 4),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            transformer_layers_per_block=(1, 1),
-            projection_class_embeddings_input_dim=64,
-            cross_attention_dim=32,
-            norm_num_groups=4,
-        ),
-        scheduler=EulerDiscreteScheduler(),
-    ).save_pretrained(tmp_path / "sdxl")
-    return tmp_path / "sdxl"
-
-
-def test_any_pipeline_of_diffusers(sdxl_folder, photo, mask, tmp_path):
+@pytest.mark.parametrize("kind", ["sdxl", "flux"])
+def test_any_pipeline_of_diffusers(kind, request, photo, mask, tmp_path):
     settings = tmp_path / "methods.toml"
+    folder = request.getfixturevalue({"sdxl": "sdxl_inpaint_folder", "flux": "flux_fill_folder"}[kind])
     settings.write_text(
-        f'[sdxl]\nrepository = "{sdxl_folder}"\n[sdxl.call]\nprompt = "sky"\nnum_inference_steps = 2\nstrength = 1.0\n'
+        f'[other]\nrepository = "{folder}"\n[other.call]\nprompt = "sky"\nnum_inference_steps = 2\nstrength = 1.0\n'
     )
-    method = make_method("sdxl", read_settings(settings))
-    once, again = (method(blank_hole(photo, mask), mask, "a", 1) for _ in range(2))
-    assert once.shape == photo.shape and once.dtype == np.uint8 and (once == again).all()
+    method = make_method("other", read_settings(settings), num_inference_steps=50)
+    once, again, other = (method(blank_hole(photo[:60], mask[:60]), mask[:60], "a", seed) for seed in (1, 1, 2))
+    assert once.shape == (60, 96, 3) and once.dtype == np.uint8  # the pipelines themselves need multiples
+    assert (once == again).all() and (once != other).any()
+    assert method.pipeline.num_timesteps == 2  # what is said of Moebius pipelines does not reach others
+
+
+def test_a_pipeline_that_does_not_inpaint_gives_its_parts_to_one_that_does(sdxl_inpaint_folder, photo, mask, tmp_path):
+    from diffusers import StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
+
+    parts = StableDiffusionXLInpaintPipeline.from_pretrained(sdxl_inpaint_folder).components
+    StableDiffusionXLPipeline(**parts).save_pretrained(tmp_path / "generates")
+    method = make_method(
+        "a", {"a": Settings(str(tmp_path / "generates"), {"num_inference_steps": 2, "strength": 1.0})}
+    )
+    assert isinstance(method.pipeline, StableDiffusionXLInpaintPipeline)
+    assert method(photo, mask, "a", 0).shape == photo.shape
+
+
+def test_arguments_of_a_moebius_pipeline(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "tiny")
+    call = make_method(str(tmp_path / "tiny"), detail=None, padding_mask_crop=64).call
+    assert call == {"paste": None, "detail": None, "padding_mask_crop": 64}
+
+
+def test_sections_of_moebius_pipelines(tiny_pipeline, photo, mask, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "tiny")
+    section = Settings(str(tmp_path / "tiny"), {"num_inference_steps": 2, "detail": "none"}, pipeline="moebius")
+    method = make_method("plain", {"plain": section})
+    assert method.call["detail"] is None
+    assert method(photo, mask, "a", 0).shape == photo.shape
+
+
+def test_the_colour_of_the_blank_does_not_bleed_into_the_rim(tiny_pipeline, photo, mask, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "tiny")
+    mask = np.ones_like(mask)
+    mask[:8], mask[:, :8] = False, False  # thick enough for a feathered paste
+    result = make_method(str(tmp_path / "tiny"), num_inference_steps=2)(blank_hole(photo, mask), mask, "a", 0)
+    options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    images = {"image": Image.fromarray(blank_hole(photo, mask)), "mask_image": Image.fromarray(mask)}
+    raw = np.asarray(tiny_pipeline(**images, paste=None, **options).images[0])
+    np.testing.assert_array_equal(result[mask], raw[mask])
+
+
+def test_names():
+    assert split_names(["nano", "mine=runs/a", "theirs=results:b=c"]) == {
+        "nano": "nano",
+        "mine": "runs/a",
+        "theirs": "results:b=c",
+    }
+    with pytest.raises(ValueError, match="different names"):
+        split_names(["a=nano", "a=telea"])
+
+
+def test_a_method_whose_package_is_not_there(monkeypatch):
+    monkeypatch.setattr("diffusers_moebius.evaluation.methods.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pypatchmatch"):
+        make_method("patchmatch")
 
 
 def test_settings_that_are_wrong_are_named(tmp_path):
     path = tmp_path / "methods.toml"
     path.write_text("[a]\nsteps = 3\n")
     with pytest.raises(ValueError, match=r"\[a\].*repository"):
+        read_settings(path)
+    path.write_text('[a]\nrepository = "x"\npipeline = "other"\n')
+    with pytest.raises(ValueError, match="diffusers or moebius"):
         read_settings(path)

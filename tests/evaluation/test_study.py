@@ -15,6 +15,7 @@ from diffusers_moebius.evaluation.study import (
     fleiss_kappa,
     key_path,
     make_study,
+    photos_of,
     report_markdown,
     report_study,
     wilson_interval,
@@ -130,6 +131,21 @@ def test_kappa_of_the_textbook():
     assert fleiss_kappa(table) == pytest.approx(0.2099, abs=1e-4)
     assert fleiss_kappa(np.array([[5, 0], [0, 5]])) == 1
     assert math.isnan(fleiss_kappa(np.array([[1, 0], [0, 1]])))
+
+
+def test_photos_of_a_folder_and_masks_that_grow_as_the_papers(tmp_path):
+    for number in range(12):
+        Image.new("RGB", (600, 512)).save(tmp_path / f"{number:02d}.jpg")
+        mask = np.zeros((512, 600), np.uint8)
+        mask[200:210, 300:320] = 255
+        Image.fromarray(mask).save(tmp_path / f"{number:02d}.mask.png")
+    plain, grown, again = (list(photos_of(tmp_path, dilate=dilate)) for dilate in (False, True, True))
+    assert [name for name, *_ in plain] == [f"{number:02d}" for number in range(12)]
+    assert all(mask.sum() == 200 for *_, mask in plain)
+    reach = [(int(mask.any(1).sum()) - 10) // 2 for *_, mask in grown]
+    assert set(reach) <= {1, 2, 3, 4, 6} and len(set(reach)) > 2
+    assert all((a == b).all() for (*_, a), (*_, b) in zip(grown, again))
+    assert len(list(photos_of(tmp_path, limit=3))) == 3
 
 
 def test_bad_input_is_named(study, tmp_path):

@@ -622,3 +622,38 @@ def test_without_this_package(saved_hub, saved, tiny_pipeline, tmp_path):
     )
     np.testing.assert_array_equal(np.load(tmp_path / "result.npy"), run(tiny_pipeline))
     np.testing.assert_array_equal(run(MoebiusInpaintPipeline.from_pretrained(tmp_path / "copy")), run(tiny_pipeline))
+
+
+def test_tiny_decoder_decodes_and_is_saved(tiny_pipeline, tmp_path):
+    torch.manual_seed(0)
+    tiny = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    tiny.save_pretrained(tmp_path / "tiny")
+    assert tiny_pipeline.use_tiny_decoder(tmp_path / "tiny") is tiny_pipeline
+    photo, hole = np.full((64, 64, 3), 0.25, np.float32), np.ones((64, 64), bool)
+    call = {"num_inference_steps": 2, "paste": None, "detail": None, "output_type": "np"}
+
+    def run(pipeline, **options):
+        return pipeline(photo, hole, generator=torch.Generator().manual_seed(0), **{**call, **options})[0]
+
+    latents = run(tiny_pipeline, output_type="latent")
+    picture = run(tiny_pipeline)
+    with torch.no_grad():
+        expected = (tiny.decode(latents).sample / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
+    assert np.abs(picture[0] - expected.numpy()).max() < 1e-5
+
+    tiny_pipeline.save_pretrained(tmp_path / "saved")
+    for loaded in (
+        type(tiny_pipeline).from_pretrained(tmp_path / "saved"),
+        type(tiny_pipeline).from_pipe(tiny_pipeline),
+    ):
+        loaded.set_progress_bar_config(disable=True)
+        assert np.abs(run(loaded) - picture).max() < 1e-5
+
+
+def test_tiny_decoder_of_other_latents_is_refused(tiny_pipeline):
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, latent_channels=16
+    )
+    with pytest.raises(ValueError, match=r"`tiny_vae`.* 4 channels.* 16"):
+        tiny_pipeline.use_tiny_decoder(tiny)
+    assert tiny_pipeline.tiny_vae is None

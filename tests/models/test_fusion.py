@@ -1,11 +1,18 @@
 import accelerate
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from numbers_of_models import TINY, random_inputs, randomize_statistics, relative_error
 from peft import LoraConfig
 from torch import nn
 
-from diffusers_moebius.models.fusion import FusedSeparableConv2d, SlicedMixFeedForward, SmallGridUpsample2D
+from diffusers_moebius.models.fusion import (
+    FusedSeparableConv2d,
+    SlicedMixFeedForward,
+    SmallGridUpsample2D,
+    fuse_autoencoder,
+    linear,
+)
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel, MoebiusUpsample2D
 
 
@@ -15,7 +22,69 @@ def test_upsampling_on_the_small_grid_is_exact(size):
     layer = MoebiusUpsample2D(6)
     hidden_states = torch.randn(2, 6, *size)
     with torch.no_grad():
-        assert relative_error(SmallGridUpsample2D(layer)(hidden_states), layer(hidden_states)) < 1e-5
+        for max_elements in (1, 100, 2**20):  # single rows, bands that end unevenly, all at once
+            enlarged = SmallGridUpsample2D(layer, max_elements)(hidden_states)
+            assert relative_error(enlarged, layer(hidden_states)) < 1e-5
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_products_with_slices_of_weights(gradients):
+    torch.manual_seed(0)
+    tokens, weight, bias = torch.randn(2, 5, 3, 8), torch.randn(7, 24), torch.randn(7)
+    with torch.set_grad_enabled(gradients):
+        for part in (slice(0, 8), slice(8, 16)):
+            assert torch.allclose(linear(tokens, weight[:, part], bias), tokens @ weight[:, part].T + bias, atol=1e-5)
+        assert torch.allclose(linear(tokens[:, 1:-1], weight[:, :8]), tokens[:, 1:-1] @ weight[:, :8].T, atol=1e-5)
+        assert linear(tokens.bfloat16(), weight[:, :8].bfloat16()).dtype == torch.bfloat16
+
+
+def make_autoencoder():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        norm_num_groups=4,
+    ).eval()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)])
+def test_fused_autoencoder_has_the_same_function(size):
+    vae = make_autoencoder()
+    image, latents = torch.randn(2, 3, *size).clamp(-1, 1), torch.randn(2, 4, size[0] // 2, size[1] // 2)
+    with torch.no_grad():
+        expected = vae.encode(image).latent_dist.parameters, vae.decode(latents).sample
+        for _ in range(2):  # a second time changes nothing
+            fuse_autoencoder(vae)
+            assert relative_error(vae.encode(image).latent_dist.parameters, expected[0]) < 1e-5
+            assert relative_error(vae.decode(latents).sample, expected[1]) < 1e-5
+        vae.enable_slicing()
+        assert relative_error(vae.decode(latents).sample, expected[1]) < 1e-5
+
+
+def test_gradients_pass_a_fused_autoencoder():
+    vae, gradients = make_autoencoder().requires_grad_(False), []
+    for _ in range(2):
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        vae.decode(latents).sample.square().mean().backward()
+        gradients.append(latents.grad)
+        fuse_autoencoder(vae)
+    assert relative_error(gradients[1], gradients[0]) < 1e-4
+
+
+def test_fused_autoencoder_cannot_be_saved(tmp_path):
+    vae = make_autoencoder()
+    fuse_autoencoder(vae)
+    with pytest.raises(ValueError, match="fused"):
+        vae.save_pretrained(tmp_path / "vae")
+    assert not (tmp_path / "vae").exists()
+
+
+def test_other_autoencoders_stay_as_they_are(tmp_path):
+    vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    fuse_autoencoder(vae)
+    vae.save_pretrained(tmp_path / "vae")
+    assert (tmp_path / "vae").exists()
 
 
 def test_fused_model_has_the_same_function_and_no_batch_norm(tiny_unet):

@@ -84,7 +84,7 @@ class Visitor:
 
     def wait_for_photo(self):
         self.told("pixels")
-        self.page.wait_for_function("window.moebiusEditor?.photo")
+        self.page.wait_for_function("window.moebiusEditor?.marked.photo")
         self.view.wait_for(state="visible")
 
     def at(self, x, y):
@@ -107,8 +107,7 @@ class Visitor:
 
     def marked(self):
         """The mask as the editor would send it."""
-        url = self.page.evaluate("moebiusEditor.mask")
-
+        url = self.page.evaluate("document.querySelector('.moebius-editor canvas.mask').toDataURL()")
         with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
             return np.asarray(image.convert("RGBA"))[..., 3] >= 128
 
@@ -167,7 +166,7 @@ def test_strokes_are_filled_in_place_and_the_rest_is_exact(visit, photo, tmp_pat
     assert re.search(r"--steps 6 .*--seed \d+", used)
 
     # What was filled is in sight, in the place where it was marked, and nothing is marked any more.
-    assert visitor.page.evaluate("moebiusEditor.isEmpty")
+    assert visitor.page.evaluate("moebiusEditor.marked.mask === null")
     sync_api.expect(visitor.view).to_be_in_viewport()
     visitor.page.get_by_label("JPEG, smaller").check()
     assert Image.open(visitor.download(tmp_path)).format == "JPEG"
@@ -279,7 +278,7 @@ def test_stop_and_reload(visit, photo):
     sync_api.expect(visitor.page.locator("#remove")).to_be_enabled()
     sync_api.expect(visitor.page.locator("#stop")).to_be_hidden()
     assert not visitor.page.locator("#download").is_visible()
-    assert not visitor.page.evaluate("moebiusEditor.isEmpty")  # what was marked still is
+    assert not visitor.page.evaluate("moebiusEditor.marked.mask === null")  # what was marked still is
     visitor.set_steps(4)
     visitor.run()  # the place is free again
     visitor.page.reload()

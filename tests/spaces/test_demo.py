@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shlex
 import threading
 
 import numpy as np
@@ -12,14 +13,13 @@ from PIL import Image
 
 from diffusers_moebius.demo import inpainting
 from diffusers_moebius.demo.examples import EXAMPLES
-from diffusers_moebius.demo.handlers import Demo, friendly, parse_number
+from diffusers_moebius.demo.handlers import Demo, context_pixels, friendly, number
 from diffusers_moebius.demo.inpainting import Settings, Step, clean_latents, generate
-from diffusers_moebius.demo.models import NANO, OWN, ModelShelf, parse_repository
-from diffusers_moebius.demo.photos import VIEW_SIDE, VisitorError, open_photo, painted_mask
-from diffusers_moebius.demo.selection import ObjectSelector, SelectionUnavailable, snap_to_edges
+from diffusers_moebius.demo.models import NANO, ModelShelf, parse_repository
+from diffusers_moebius.demo.photos import VIEW_SIDE, Photo, VisitorError, open_photo, painted_mask
+from diffusers_moebius.demo.selection import ObjectSelector, snap_to_edges
 from diffusers_moebius.demo.session import Session, Version
-
-SETTINGS = Settings(steps=6, guidance=None, seed=3, context=32, color_compensation=False)
+from diffusers_moebius.pictures.files import ImageMetadata
 
 
 @pytest.fixture
@@ -29,8 +29,7 @@ def demo(pipeline_folder, selector_folder):
 
 @pytest.fixture
 def session(demo, photo):
-    session = Session()
-    demo.open(session, open_photo(photo))
+    session = Session(open_photo(photo))
     yield session
     session.close()
 
@@ -62,17 +61,8 @@ def latest(session):
 
 
 def run(demo, session, mask, version=None, **options):
-    options = {
-        "steps": 6,
-        "guidance": None,
-        "seed": 3,
-        "context": 50,
-        "color_compensation": False,
-        "edge_margin": 0,
-        **options,
-    }
-    marked = {"photo": version or min(session.versions), "mask": painted(mask)}
-    return demo.run(session, marked, demo.shelf.default, "", **options)
+    options = {"model": demo.shelf.default, "steps": 6, "seed": 3, "edge_margin": 0, **options}
+    return demo.run(session, version or min(session.versions), mask, **options)
 
 
 def test_a_run_shows_steps_and_previews_and_keeps_the_rest(demo, session, hole):
@@ -98,23 +88,23 @@ def test_a_seed_gives_the_same_picture_again(demo, session, hole):
     assert (results[0] == results[1]).all() and (results[0] != results[2]).any()
 
 
-def test_the_command_is_one_that_the_command_line_takes(demo, session, hole, photo, mask, tmp_path, pipeline_folder):
+def test_the_command_is_one_that_the_command_line_takes(demo, session, hole, photo, tmp_path, pipeline_folder):
     from diffusers_moebius.cli import main
 
     _, (result,) = list(run(demo, session, hole, edge_margin=3, guidance=1.5))[-1]
-    command = session.version(result).command
     output = tmp_path / "again.png"
-    words = {"PHOTO": str(photo), "MASK": str(mask), "RESULT": str(output), "FOLDER": str(pipeline_folder)}
-    arguments = [words.get(word, word) for word in command.split()[1:]]
+    mask_file = str(demo.write(session, result, "mask"))
+    words = {"PHOTO": str(photo), "FOLDER": str(pipeline_folder), "my photo-moebius.png": str(output)}
+    words["my photo-mask.png"] = mask_file
+    arguments = [words.get(word, word) for word in shlex.split(session.version(result).settings.command("my photo"))]
     with pytest.raises(SystemExit) as caught:
-        main([*arguments, "--device", "cpu"])
+        main([*arguments[1:], "--device", "cpu"])
     assert caught.value.code == 0
     assert (np.asarray(Image.open(output)) == np.asarray(latest(session).image)).all()
 
 
 def test_stop_ends_one_run_and_no_other(demo, session, photo, hole):
-    other = Session()
-    demo.open(other, open_photo(photo))
+    other = Session(open_photo(photo))
     finished = threading.Thread(target=lambda: list(run(demo, other, hole, steps=12)))
     messages = []
     for kind, value in run(demo, session, hole, steps=100):
@@ -147,10 +137,9 @@ def test_a_run_that_follows_is_not_stopped_by_the_stop_before(demo, session, hol
 
 
 def test_nothing_of_a_session_is_left(photo, demo, hole):
-    session = Session()
-    demo.open(session, open_photo(photo))
+    session = Session(open_photo(photo))
     _, (result,) = list(run(demo, session, hole))[-1]
-    assert demo.write(session, {"photo": result}, "PNG").exists()
+    assert demo.write(session, result, "PNG").exists()
     session.close()
     assert not session.folder.exists() and not session.versions
     session.close()
@@ -164,7 +153,8 @@ def test_nothing_of_a_session_is_left(photo, demo, hole):
         ({"steps": 2.5}, "whole number"),
         ({"guidance": -1}, "guidance"),
         ({"seed": -1}, "seed"),
-        ({"seed": None}, "seed"),
+        ({"seed": "many"}, "seed must be a whole number from 0 to 4294967295, but is 'many'"),
+        ({"detail": "more"}, "detail"),
         ({"context": 10**6}, "surroundings"),
         ({"edge_margin": 10**6}, "edge margin"),
         ({"count": 5}, "candidates"),
@@ -211,9 +201,9 @@ def test_clean_latents_are_those_that_a_step_aims_at():
 
 
 def test_generate_yields_the_photo_in_its_own_mode(demo, photo, hole, tmp_path):
-    source = demo.shelf.resolve(demo.shelf.default)
     image = Image.open(photo).convert("LA")
-    outputs = list(generate(source, image, hole, image.convert("RGB"), SETTINGS, str(tmp_path / "stop")))
+    settings = Settings(demo.shelf.resolve(demo.shelf.default), 6, None, 3, 0, 32, False)
+    outputs = list(generate(Photo(image, ImageMetadata(), "grey"), hole, settings, str(tmp_path / "stop")))
     assert isinstance(outputs[0], Step)
     assert (outputs[-1].mode, outputs[-1].size) == ("LA", image.size)
 
@@ -221,7 +211,7 @@ def test_generate_yields_the_photo_in_its_own_mode(demo, photo, hole, tmp_path):
 def test_models_are_named_without_places(pipeline_folder):
     shelf = ModelShelf(str(pipeline_folder))
     assert shelf.default == "tiny (of this server)"
-    assert not any("secret-place" in name for name in shelf.names)
+    assert not any("secret-place" in name for name in shelf.sources)
     assert shelf.get(shelf.resolve(shelf.default)) is shelf.get(shelf.resolve(shelf.default))
     assert ModelShelf("hustvl/Moebius/ft_ffhq").default == "Moebius FFHQ (portraits)"
     assert ModelShelf("somebody/moebius-cats").default == "somebody/moebius-cats"
@@ -235,7 +225,7 @@ def test_visitors_name_repositories_only(text):
     with pytest.raises(VisitorError):
         parse_repository(text)
     with pytest.raises(VisitorError):
-        ModelShelf().resolve(OWN, text)
+        ModelShelf().resolve(text)
 
 
 def test_a_folder_of_the_server_is_no_repository(tmp_path, monkeypatch):
@@ -257,9 +247,9 @@ def test_a_model_that_does_not_load_says_so(tmp_path):
 def test_a_click_selects_and_names_what_is_to_be_done(demo, session):
     request = {"photo": min(session.versions), "point": [100, 50], "scribble": None, "erase": True}
     told = demo.select(session, request)
-    view = session.version(request["photo"]).photo.view()
+    view = session.version(request["photo"]).photo.view
     alone = demo.selector.select(demo.selector.embed(view), view.size, (100, 50))
-    assert told["do"] == "add" and told["erase"]
+    assert told["erase"]
     assert (region_of(told) == alone).all() and alone.any()
 
 
@@ -298,10 +288,7 @@ def test_candidates_have_seeds_that_follow_each_other(demo, session, hole):
     steps = [value[0] for kind, value in messages if kind == "step"]
     assert [step.number for step in steps] == list(range(1, 11)) and {step.total for step in steps} == {10}
     ids = messages[-1][1]
-    assert [("--seed 3" in session.version(k).command, "--seed 4" in session.version(k).command) for k in ids] == [
-        (True, False),
-        (False, True),
-    ]
+    assert [session.version(k).settings.seed for k in ids] == [3, 4]
     pictures = [np.asarray(session.version(k).photo.image) for k in ids]
     assert (pictures[0] != pictures[1]).any()
 
@@ -332,12 +319,12 @@ def test_files_of_any_version(demo, session, hole):
     first = min(session.versions)
     _, (result,) = list(run(demo, session, hole, edge_margin=2))[-1]
     for version in (first, result):
-        with Image.open(demo.write(session, {"photo": version}, "PNG")) as image:
+        with Image.open(demo.write(session, version, "PNG")) as image:
             assert (np.asarray(image) == np.asarray(session.version(version).photo.image)).all()
-    with Image.open(demo.write(session, {"photo": result}, "mask")) as image:
+    with Image.open(demo.write(session, result, "mask")) as image:
         assert (np.asarray(image) == hole).all()
     with pytest.raises(VisitorError, match="no mask"):
-        demo.write(session, {"photo": first}, "mask")
+        demo.write(session, first, "mask")
 
 
 def test_a_view_keeps_transparency(photo, tmp_path):
@@ -345,17 +332,18 @@ def test_a_view_keeps_transparency(photo, tmp_path):
     image.putalpha(Image.linear_gradient("L").resize(image.size))
     path = tmp_path / "transparent.png"
     image.save(path)
-    assert open_photo(path).view().mode == "RGBA"
+    assert open_photo(path).view.mode == "RGBA"
 
 
-@pytest.mark.parametrize(("text", "value"), [("", None), (None, None), (" 2,5 ", 2.5), ("20", 20)])
+@pytest.mark.parametrize(("text", "value"), [("", None), (None, None), (" 2,5 ", 2.5), ("20", 20), (3, 3)])
 def test_numbers_that_visitors_type(text, value):
-    assert parse_number("steps", text) == value
+    assert number("guidance", text, 0, 20, whole=False) == value
 
 
-def test_what_is_no_number_is_named():
-    with pytest.raises(VisitorError, match="steps must be a number, but is 'many'"):
-        parse_number("steps", "many")
+@pytest.mark.parametrize("text", ["many", "nan", "inf", "2.5", "-1"])
+def test_what_is_no_such_number_is_named(text):
+    with pytest.raises(VisitorError, match=f"steps must be a whole number from 0 to 9, but is '{text}'"):
+        number("steps", text, 0, 9)
 
 
 def test_a_selector_without_a_hub_says_so_at_once(session, monkeypatch):
@@ -365,15 +353,15 @@ def test_a_selector_without_a_hub_says_so_at_once(session, monkeypatch):
     monkeypatch.setattr("diffusers_moebius.demo.selection.HfApi.model_info", fail)
     selector = ObjectSelector("somebody/no-such-model")
     assert selector.megabytes == float("inf")
-    with pytest.raises(SelectionUnavailable, match="Scribble"):
-        selector.embed(session.version(min(session.versions)).photo.view())
+    with pytest.raises(VisitorError, match="Scribble"):
+        selector.embed(session.version(min(session.versions)).photo.view)
 
 
 def test_a_broken_selector_says_so_and_names_no_place(tmp_path, session):
     selector = ObjectSelector(str(tmp_path))
     for _ in range(2):
-        with pytest.raises(SelectionUnavailable) as caught:
-            selector.embed(session.version(min(session.versions)).photo.view())
+        with pytest.raises(VisitorError) as caught:
+            selector.embed(session.version(min(session.versions)).photo.view)
         assert str(tmp_path) not in str(caught.value)
 
 
@@ -387,8 +375,7 @@ def test_examples_have_masks(example):
 
 
 def test_a_large_photo_is_viewed_small_and_filled_large(demo, phone_photo):
-    session = Session()
-    told = demo.open(session, open_photo(phone_photo))
+    session, told = demo.open(open_photo(phone_photo))
     width, height = told["size"]
     assert max(width, height) == VIEW_SIDE
     mask = np.zeros((height, width), bool)
@@ -421,7 +408,26 @@ def test_a_port_in_use_is_named(demo_url):
 
 def test_by_default_the_mask_grows_with_the_photo(demo, session, hole):
     _, (result,) = list(run(demo, session, hole, edge_margin=None))[-1]
-    assert "--mask-dilation 2" in session.version(result).command  # of 200 pixels
+    assert session.version(result).settings.edge_margin == 2  # of 200 pixels
     before, after = (np.asarray(version.photo.image) for version in session.versions.values())
     rows = np.flatnonzero((before != after).any(axis=(1, 2)))
     assert (rows.min(), rows.max()) == (78, 121)
+
+
+def test_context_follows_the_mask():
+    mask = np.zeros((600, 800), bool)
+    mask[100:200, 50:450] = True
+    assert context_pixels(mask, 50) == 200
+    assert context_pixels(mask, 0) == 32
+
+
+def test_a_view_is_made_once(photo):
+    opened = open_photo(photo)
+    assert opened.view is opened.view
+
+
+def test_a_closed_session_ends_its_run_and_keeps_nothing(demo, session, hole):
+    for kind, _ in run(demo, session, hole, steps=100):
+        if kind == "step":
+            session.close()
+    assert not session.versions and not session.folder.exists()

@@ -47,16 +47,18 @@ def to(self, *args, **kwargs):
 
 def launch(self, **kwargs):
     from diffusers_moebius.demo import inpainting
+    from diffusers_moebius.demo.photos import Photo
+    from diffusers_moebius.pictures.files import ImageMetadata
     spaces.events.append(["serve"])
     shelf = inpainting._shelf
-    photo = Image.new("RGB", (64, 64), "red")
+    photo = Photo(Image.new("RGB", (64, 64), "red"), ImageMetadata(), "red")
     mask = np.zeros((64, 64), bool)
     mask[20:40, 20:40] = True
     for steps, stopped in ((3, False), (9, False), (50, True)):
         flag = pathlib.Path(tempfile.mkdtemp()) / "stop"
-        settings = inpainting.Settings(steps, None, 0, 16, False)
+        settings = inpainting.Settings(shelf.resolve(shelf.default), steps, None, 0, 0, 16, False)
         count = 0
-        for output in inpainting.generate(shelf.resolve(shelf.default), photo, mask, photo, settings, str(flag)):
+        for output in inpainting.generate(photo, mask, settings, str(flag)):
             count += 1
             if stopped:
                 flag.touch()
@@ -75,11 +77,13 @@ print(json.dumps(spaces.events))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_gpu", [True, False])
 def test_app(tmp_path, pipeline_folder, zero_gpu):
     (tmp_path / "spaces.py").write_text(SPACES)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MOEBIUS", "SPACES"))}
-    environment |= {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment |= {"SPACES_ZERO_GPU": "true"} if zero_gpu else {}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(APP), str(pipeline_folder)],

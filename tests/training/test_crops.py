@@ -7,12 +7,11 @@ from PIL import Image
 from diffusers_moebius.training.crops import (
     Cropper,
     PictureDataset,
-    box_with_mask,
     crop_mask,
     picture_to_tensor,
     random_box,
 )
-from diffusers_moebius.training.picture_sources import PictureReader
+from diffusers_moebius.training.picture_sources import list_pictures
 
 PRESETS = ["medium_512", "thick_256"]
 
@@ -20,7 +19,7 @@ PRESETS = ["medium_512", "thick_256"]
 def one_picture(folder, picture, **options):
     folder.mkdir()
     picture.save(folder / "picture.png")
-    return PictureDataset(PictureReader([folder]), Cropper(16, PRESETS, **options))
+    return PictureDataset(list_pictures([folder]), Cropper(16, PRESETS, **options))
 
 
 def test_crop_is_square_and_inside_the_picture(tmp_path):
@@ -48,8 +47,8 @@ def test_crops_are_of_the_size_that_is_asked_for(tmp_path):
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(photo_dir):
-    dataset = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS, seed=5))
-    again = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS, seed=5))
+    dataset = PictureDataset(list_pictures([photo_dir]), Cropper(32, PRESETS, seed=5))
+    again = PictureDataset(list_pictures([photo_dir]), Cropper(32, PRESETS, seed=5))
     first, same = dataset[2], again[2]
     assert torch.equal(first["pixel_values"], same["pixel_values"]) and torch.equal(first["mask"], same["mask"])
     next_epoch = dataset[2 + len(dataset)]
@@ -60,8 +59,8 @@ def test_samples_depend_on_seed_epoch_and_index_alone(photo_dir):
 
 
 def test_another_picture_takes_the_place_of_an_unreadable_one(photo_dir):
-    data = PictureDataset(PictureReader([photo_dir]), Cropper(16, PRESETS))
-    broken = next(i for i, record in enumerate(data.reader.records) if record.name.endswith("03-broken.jpg"))
+    data = PictureDataset(list_pictures([photo_dir]), Cropper(16, PRESETS))
+    broken = next(i for i, record in enumerate(data.records) if record.name.endswith("03-broken.jpg"))
     samples = [data[broken + epoch * len(data)] for epoch in range(12)]
     assert all(sample["skipped"][0].endswith("03-broken.jpg") for sample in samples)
     assert len({sample["pixel_values"].numpy().tobytes() for sample in samples}) > 6  # and not always the next
@@ -75,7 +74,7 @@ def test_crop_of_a_mask_is_inside_and_never_empty(data, seed):
     x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     mask = np.zeros((height, width), bool)
     mask[y, x] = True  # the hardest object: one pixel
-    left, top, side = box_with_mask(mask, np.random.default_rng(seed))
+    left, top, side = random_box((width, height), np.random.default_rng(seed), mask=mask)
     assert 0 <= left <= x < left + side <= width and 0 <= top <= y < top + side <= height
     resolution = data.draw(st.sampled_from([8, 16, 64, 128]))
     for flip in (False, True):

@@ -83,7 +83,7 @@ def test_losses_are_the_release(step):
 
 def test_release_balance_is_the_release(step):
     student, embedding, losses, recorded, _, _ = step
-    balanced = AdaptiveBalance.of_student(student, "release")(losses)
+    balanced = AdaptiveBalance(student, "release")(losses)
     weights = {name: value.item() for name, value in balanced.weights.items()}
     norms = {name: value.item() for name, value in balanced.gradient_norms.items()}
     assert norms["coarse@C"] == pytest.approx(recorded["feat_gnorm_featkd"], rel=1e-4)
@@ -102,7 +102,7 @@ def test_release_balance_is_the_release(step):
 
 def test_paper_balance_is_equations_4_and_5(step):
     student, _, losses, recorded, _, _ = step
-    balanced = AdaptiveBalance.of_student(student, "paper")(losses)
+    balanced = AdaptiveBalance(student, "paper")(losses)
     paper = recorded["paper"]
     assert balanced.weights["fine"].item() == pytest.approx(paper["w_f_kd"], rel=1e-4)
     assert balanced.weights["perceptual"].item() == pytest.approx(paper["w_perceptual"], rel=1e-4)
@@ -122,7 +122,7 @@ def test_going_through_the_output_losses_once_gives_the_same(step, mode):
             "fine": (sample - data["latents"]).square().mean(),
             "perceptual": (sample * data["latents"]).tanh().abs().mean(),
         }
-        balanced = AdaptiveBalance.of_student(student, mode)(fresh, output)
+        balanced = AdaptiveBalance(student, mode)(fresh, output)
         gradients = torch.autograd.grad(balanced.total, list(student.parameters()), retain_graph=True)
         results.append((balanced, torch.cat([gradient.flatten() for gradient in gradients])))
     (plain, expected), (short, gradients) = results
@@ -136,23 +136,21 @@ def test_going_through_the_output_losses_once_gives_the_same(step, mode):
 @pytest.mark.parametrize("names", [("task",), ("coarse",), ("coarse", "fine"), ("task", "fine"), ("coarse", "task")])
 def test_any_loss_may_be_left_out(step, mode, names):
     student, _, losses, _, _, _ = step
-    balanced = AdaptiveBalance.of_student(student, mode)({name: losses[name] for name in names})
+    balanced = AdaptiveBalance(student, mode)({name: losses[name] for name in names})
     assert balanced.total.isfinite() and balanced.total > 0
     assert not any(weight.requires_grad for weight in balanced.weights.values())
 
 
 def test_a_loss_of_zero_leaves_the_others_finite(step):
     student, _, losses, _, sample, _ = step
-    balanced = AdaptiveBalance.of_student(student, "paper")(
-        losses | {"fine": (sample - sample.detach()).square().mean()}
-    )
+    balanced = AdaptiveBalance(student, "paper")(losses | {"fine": (sample - sample.detach()).square().mean()})
     assert balanced.total.isfinite()
 
 
 def test_gradients_are_reduced_over_processes_before_their_norm(step):
     student, _, losses, _, _, _ = step
-    plain = AdaptiveBalance.of_student(student, "paper")(losses)
-    doubled = AdaptiveBalance.of_student(student, "paper", reduce=lambda gradient: 2 * gradient)(losses)
+    plain = AdaptiveBalance(student, "paper")(losses)
+    doubled = AdaptiveBalance(student, "paper", reduce=lambda gradient: 2 * gradient)(losses)
     for name, norm in plain.gradient_norms.items():
         if name != "output@C":  # that of a sum whose weights are ratios of the same norms: doubled as well
             assert doubled.gradient_norms[name].item() == pytest.approx(2 * norm.item(), rel=1e-5)
@@ -162,6 +160,6 @@ def test_gradients_are_reduced_over_processes_before_their_norm(step):
 def test_bad_arguments_are_named(step):
     student = step[0]
     with pytest.raises(ValueError, match="`mode`"):
-        AdaptiveBalance.of_student(student, "mean")
+        AdaptiveBalance(student, "mean")
     with pytest.raises(ValueError, match="`losses`"):
-        AdaptiveBalance.of_student(student)({})
+        AdaptiveBalance(student)({})

@@ -9,16 +9,17 @@ from torch import nn
 
 from diffusers_moebius.training.few_step import (
     LatentDiscriminator,
-    clean_of,
     consistency_loss,
     discriminator_loss,
     few_step_scheduler,
     generator_loss,
     gradient_penalty,
     guided_prediction,
+    phase_ends,
     solver_step,
     solver_timesteps,
 )
+from diffusers_moebius.training.objective import clean_of
 
 
 def draw(*shape, seed=0, **options):
@@ -123,6 +124,16 @@ def test_solver_step_is_that_of_ddim(prediction_type, zero_snr):
     for i, timestep in enumerate(timesteps):
         expected = scheduler.step(prediction[i], timestep, latents[i]).prev_sample
         torch.testing.assert_close(stepped[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_phases_end_where_the_sampler_steps():
+    timesteps = torch.tensor(solver_timesteps(20))
+    for steps in (1, 2, 4):
+        scheduler = few_step_scheduler(DDIMScheduler())
+        scheduler.set_timesteps(steps)
+        visited = [*scheduler.timesteps.tolist(), -1]
+        expected = [max(end for end in visited if end < t) for t in timesteps.tolist()]
+        assert phase_ends(timesteps, steps).tolist() == expected
 
 
 def test_guidance_is_that_of_the_pipeline():

@@ -16,7 +16,7 @@ from diffusers_moebius.training.latent_cache import (
     hole_at_latent_size,
     mask_to_latent_size,
 )
-from diffusers_moebius.training.picture_sources import PictureReader
+from diffusers_moebius.training.picture_sources import list_pictures, read_picture
 
 PRESETS = ["medium_512", "thick_256"]
 
@@ -28,14 +28,13 @@ def small_units(monkeypatch):
 
 def test_cache_round_trip(photo_dir, tmp_path, tiny_vae):
     tiny_vae.encode = lambda pixels: type("Output", (), {"latents": pixels[:, :, ::8, ::8] * 2})  # exact in float16
-    dataset = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS, seed=3))
+    dataset = PictureDataset(list_pictures([photo_dir]), Cropper(32, PRESETS, seed=3))
     build_latent_cache(tiny_vae, dataset, tmp_path / "cache", 2, crops_per_picture=2)
     cache = LatentCacheDataset(tmp_path / "cache")
     assert len(cache) == 2 * 12 * 2  # crops, readable pictures, masks
     assert len(LatentCacheDataset(tmp_path / "cache", max_samples=3)) == 3 * 2
-    assert list(dataset.reader.skipped.values()) == [2]
 
-    readable = [index for index in range(2 * 13) if dataset.reader.read(index % 13) is not None]
+    readable = [index for index in range(2 * 13) if read_picture(dataset.records[index % 13]) is not None]
     for position, index in enumerate(readable):
         crop = dataset.crop(index, 2)
         pixels, masks = crop.pixels, crop.masks
@@ -49,15 +48,15 @@ def test_cache_round_trip(photo_dir, tmp_path, tiny_vae):
 
 
 def test_other_settings_and_pictures_are_refused(photo_dir, tmp_path, tiny_vae):
-    dataset = PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS))
+    dataset = PictureDataset(list_pictures([photo_dir]), Cropper(32, PRESETS))
     build_latent_cache(tiny_vae, dataset, tmp_path / "cache", 1)
     assert json.loads((tmp_path / "cache/cache.json").read_text())["resolution"] == 32
     with pytest.raises(ValueError, match="`cache_dir`"):
         build_latent_cache(tiny_vae, dataset, tmp_path / "cache", 2)
     (photo_dir / "00.png").unlink()
-    with pytest.raises(ValueError, match="12 pictures"):
+    with pytest.raises(ValueError, match="'pictures': 12"):
         build_latent_cache(
-            tiny_vae, PictureDataset(PictureReader([photo_dir]), Cropper(32, PRESETS)), tmp_path / "cache", 1
+            tiny_vae, PictureDataset(list_pictures([photo_dir]), Cropper(32, PRESETS)), tmp_path / "cache", 1
         )
     with pytest.raises(ValueError, match=r"`cache_dir`.*holds none"):
         LatentCacheDataset(tmp_path / "elsewhere")
@@ -66,7 +65,7 @@ def test_other_settings_and_pictures_are_refused(photo_dir, tmp_path, tiny_vae):
 def test_cache_of_unreadable_pictures_alone_is_refused(tmp_path, tiny_vae):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/broken.jpg").write_text("no picture")
-    data = PictureDataset(PictureReader([tmp_path / "photos"]), Cropper(32, PRESETS))
+    data = PictureDataset(list_pictures([tmp_path / "photos"]), Cropper(32, PRESETS))
     build_latent_cache(tiny_vae, data, tmp_path / "cache", 1)
     with pytest.raises(ValueError, match="none of its pictures was readable"):
         LatentCacheDataset(tmp_path / "cache")

@@ -59,7 +59,7 @@ def test_orthogonalize_brings_singular_values_near_one(shape):
 
 
 def test_groups_hold_every_parameter_once(tiny_unet, tiny_lcg_embedder):
-    groups = muon_parameter_groups({"unet": tiny_unet, "lcg_embedder": tiny_lcg_embedder})
+    groups = muon_parameter_groups(torch.nn.ModuleList([tiny_unet, tiny_lcg_embedder]))
     muon, adamw = (group["params"] for group in groups)
     assert groups[0]["use_muon"] and not groups[1]["use_muon"]
     everything = [*tiny_unet.parameters(), *tiny_lcg_embedder.parameters()]
@@ -109,10 +109,10 @@ def test_8_bit_adam_is_that_of_bitsandbytes(monkeypatch):
     made = []
     optim = types.SimpleNamespace(AdamW8bit=lambda parameters, **options: made.append((parameters, options)))
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=optim))
-    build_optimizer(args, {"model": model}, torch.device("cpu"), num_processes=2)
+    build_optimizer(args, model, torch.device("cpu"), num_processes=2)
     ((parameters, options),) = made
     assert parameters == [model.weight]
     assert options == {"lr": 6.0, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-6}
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"`--use_8bit_adam`.*pip install bitsandbytes"):
-        build_optimizer(args, {"model": model}, torch.device("cpu"))
+        build_optimizer(args, model, torch.device("cpu"))

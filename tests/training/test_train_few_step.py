@@ -119,10 +119,26 @@ def test_resumed_run_ends_with_the_same_weights(script, command, tmp_path, metho
 def test_a_student_of_a_consistent_teacher_learns_to_match_its_path(script, command, tmp_path):
     """Trained on, the loss falls: the student gets nearer to its own earlier point on the teacher's path."""
     out = tmp_path / "out"
-    options = ["--max_train_steps=40", "--learning_rate=3e-3", "--loss_type=l2", "--lr_warmup_steps=1"]
+    options = ["--max_train_steps=40", "--learning_rate=3e-3", "--loss_type=l2", "--num_inference_steps=1"]
     script.main([*command, *options, f"--output_dir={out}", f"--cache_latents={tmp_path / 'cache'}"])
     losses = [float(row["loss"]) for row in read_log(out)]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+@pytest.mark.parametrize(
+    ("solver_steps", "scale", "expected"),
+    [
+        (4, 1.0, True),  # a phase for each step of the teacher, whose step the target then is
+        (4, 3.0, False),  # guidance is what is missing
+        (8, 1.0, False),  # so is the second step of a phase
+    ],
+)
+def test_a_student_begins_level_with_its_teacher(script, command, tmp_path, solver_steps, scale, expected):
+    out = tmp_path / "out"
+    options = [f"--num_solver_steps={solver_steps}", "--num_inference_steps=4", f"--teacher_guidance_scale={scale}"]
+    script.main([*command, *options, "--max_train_steps=1", f"--output_dir={out}"])
+    (row,) = read_log(out)
+    assert (float(row["to_target"]) < 1e-9) == expected, row
 
 
 def test_other_kinds_of_teachers(script, command, vae_dir, tmp_path):
@@ -155,6 +171,7 @@ def test_two_processes_are_one_with_the_doubled_batch(command, tmp_path, method)
     ("options", "named"),
     [
         (["--num_solver_steps=30"], "--num_solver_steps"),
+        (["--num_inference_steps=3"], "--num_inference_steps"),
         (["--teacher_guidance_scale", "1", "2", "3"], "--teacher_guidance_scale"),
         (["--prediction_type=epsilon"], "--prediction_type"),
         (["--rank=0"], "--rank"),

@@ -15,7 +15,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from ..pictures.files import encode_image, picture_suffixes
-from .photo import MaskOptions, fill_photos, read_photo
+from .photo import MaskOptions, fill_photos, prepare_pipeline, read_photo
 from .sources import find_photos, item_of_row
 
 # What every row of a result has; the columns of the photo and its mask are gone.
@@ -29,14 +29,14 @@ class Inpainter:
     Args:
         model (`str`): As in [`~MoebiusInpaintPipeline.from_pretrained`].
         load (`dict`): Arguments of `from_pretrained`.
-        prepare (`bool`): Whether the pipeline takes few steps and is prepared for speed, as by `--fast`.
+        fast (`bool`): As in [`prepare_pipeline`].
         masks (`MaskOptions`): How masks are read.
         call (`dict`): Arguments of the pipeline's call.
         seed (`int`): Seed of each photo.
     """
 
     def __init__(
-        self, model: str, load: dict[str, Any], prepare: bool, masks: MaskOptions, call: dict[str, Any], seed: int
+        self, model: str, load: dict[str, Any], fast: bool, masks: MaskOptions, call: dict[str, Any], seed: int
     ):
         import torch
 
@@ -47,8 +47,7 @@ class Inpainter:
         load = {"dtype": torch.float16 if device == "cuda" else torch.float32, **load}
         self.pipeline = MoebiusInpaintPipeline.from_pretrained(model, **load).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
-        if prepare:
-            self.pipeline.use_few_steps().prepare_for_inference()
+        prepare_pipeline(self.pipeline, fast)
         self.masks, self.call, self.seed = masks, call, seed
 
     def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
@@ -87,7 +86,7 @@ def inpaint_dataset(
     dataset: Dataset,
     model: str = "nano",
     load: dict[str, Any] | None = None,
-    prepare: bool = False,
+    fast: bool = False,
     masks: MaskOptions = MaskOptions(),
     call: dict[str, Any] | None = None,
     seed: int = 0,
@@ -109,7 +108,8 @@ def inpaint_dataset(
         model (`str`, defaults to `"nano"`): As in [`~MoebiusInpaintPipeline.from_pretrained`]; every worker must be
             able to reach it.
         load (`dict`, *optional*): Arguments of `from_pretrained`, such as `checkpoint`.
-        prepare (`bool`, defaults to `False`): Few steps, and weights prepared for speed.
+        fast (`bool`, defaults to `False`): Few steps, and a tiny decoder where there is one, as in
+            [`prepare_pipeline`].
         masks (`MaskOptions`, *optional*): How masks are read, and by how much they grow.
         call (`dict`, *optional*): Arguments of the pipeline's call; `padding_mask_crop` is 64 if it is not given.
         seed (`int`, defaults to 0): Seed of each photo.
@@ -125,7 +125,7 @@ def inpaint_dataset(
     """
     return dataset.map_batches(
         Inpainter,
-        fn_constructor_args=(model, load or {}, prepare, masks, {"padding_mask_crop": 64, **(call or {})}, seed),
+        fn_constructor_args=(model, load or {}, fast, masks, {"padding_mask_crop": 64, **(call or {})}, seed),
         batch_size=batch_size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=min_workers, max_size=max_workers or min_workers),

@@ -43,7 +43,7 @@ def batch(
     batch_size: Annotated[int, typer.Option(min=1, help="Photos that a worker takes at once.")] = 4,
     output_format: Annotated[str, typer.Option(help="parquet (key, image, error) or webdataset.")] = "parquet",
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_default="the model's")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Few steps, and weights prepared for speed.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="As in `moebius inpaint`.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of each photo.")] = 0,
     mask_dilation: Annotated[
         int | None, typer.Option(min=0, help="Grow masks by so many pixels.", show_default="4 at 512 px")
@@ -77,7 +77,7 @@ def batch(
         output_format=output_format,
         model=model,
         load=load,
-        prepare=fast,
+        fast=fast,
         masks=MaskOptions(dilation=mask_dilation),
         call={} if steps is None else {"num_inference_steps": steps},
         seed=seed,

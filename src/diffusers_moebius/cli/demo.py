@@ -1,10 +1,10 @@
 """`moebius demo`."""
 
-import os
 from typing import Annotated
 
 import typer
 
+from .messages import note
 from .model import DEFAULT_MODEL
 
 
@@ -24,7 +24,7 @@ def demo(
     Example:
       moebius demo --model hustvl/Moebius/ft_places2
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    note(f"starting the page at http://{host}:{port}; its libraries take a few seconds to load")
     try:
         from ..demo import VisitorError, launch_demo
     except ModuleNotFoundError as error:

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..loaders import TINY_AUTOENCODER
 from .model import CheckpointOption, DType, load_pipeline
-
-TINY_AUTOENCODER = "madebyollin/taesdxl"  # has the latents of the published models
 
 
 class ExportFormat(str, Enum):

@@ -36,10 +36,13 @@ def make(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the study, which must not exist.")],
     settings: Annotated[
         Path | None,
-        typer.Option(exists=True, help="TOML with a section a pipeline of diffusers: repository, call, load."),
+        typer.Option(exists=True, help="TOML with a section a pipeline: repository, call, load."),
     ] = None,
     layout: Annotated[Layout, typer.Option(help="All fillings of a photo at once, or each two.")] = Layout.rows,
     limit: Annotated[int | None, typer.Option(min=1, help="Photos, drawn by the seed.", show_default="all")] = None,
+    dilate: Annotated[
+        bool, typer.Option("--dilate", help="Grow masks by the paper's rule, over the rims of objects to remove.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the fillings, the order and the draw.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps; auto takes an accelerator.")] = "auto",
 ) -> None:
@@ -50,15 +53,16 @@ def make(
     Example:
       moebius study make --methods nano --methods patchmatch --methods telea --photos photos/ -o study/
     """
-    from ..evaluation.methods import make_method, read_settings
+    from tqdm import tqdm
+
+    from ..evaluation.methods import make_method, read_settings, split_names
     from ..evaluation.study import key_path, make_study, photos_of
 
     sections = read_settings(settings) if settings else None
-    named = [method.partition("=") if "=" in method else (method, "=", method) for method in methods]
-    made = {name: make_method(spec, sections, choose_device(device)) for name, _, spec in named}
-    if len(made) < len(named):
-        raise ValueError(f"`--methods` must be different ones, but are {', '.join(methods)}.")
-    count = make_study(photos_of(photos, limit, seed), made, output, layout.value, seed)
+    named = split_names(methods)
+    made = {name: make_method(method, sections, choose_device(device)) for name, method in named.items()}
+    shown = tqdm(photos_of(photos, limit, seed, dilate), unit="photo", disable=None)
+    count = make_study(shown, made, output, layout.value, seed)
     note(f"{count} cases; {key_path(output)} says which filling is whose: keep it from those who answer")
     print(output)
 

@@ -1,17 +1,13 @@
 """The page's API, for `gradio_client` and other programs."""
 
-import tempfile
-from pathlib import Path
+import dataclasses
 
 import gradio as gr
-from PIL import Image
 
-from ..pictures.mask import fit_mask, read_mask, removal_dilation
+from ..pictures.mask import fit_mask, read_mask
 from .handlers import DEFAULT_CONTEXT, Demo, friendly
-from .inpainting import generate
-from .models import OWN
-from .photos import Photo, VisitorError, open_photo, save_photo
-from .session import delete_upload, remove_folder
+from .photos import VisitorError, open_photo
+from .session import Session, delete_upload
 
 
 def add_api(demo: Demo) -> None:
@@ -36,31 +32,30 @@ def add_api(demo: Demo) -> None:
         `model` is a name of the page's list, owner/name or owner/name/folder; empty is the default. Returns the file
         (of the photo's size; in PNG every pixel outside the mask is the photo's) and the settings used.
         """
-        if not photo or not mask:
-            raise VisitorError("photo and mask are both needed.")
-        if file_format not in ("PNG", "JPEG"):
-            raise VisitorError(f"file_format must be PNG or JPEG, but is {file_format!r}.")
-        folder = Path(tempfile.mkdtemp(prefix="moebius-demo-"))
+        session, name = None, model or demo.shelf.default
         try:
+            if not photo or not mask:
+                raise VisitorError("photo and mask are both needed.")
+            if file_format not in ("PNG", "JPEG"):
+                raise VisitorError(f"file_format must be PNG or JPEG, but is {file_format!r}.")
             opened, given = open_photo(photo), open_photo(mask).image
             try:
                 values = fit_mask(read_mask(given)[0], opened.image.height, opened.image.width)
             except ValueError as error:
                 raise VisitorError(str(error)) from error
-            edge_margin = removal_dilation(*opened.image.size) if edge_margin is None else edge_margin
-            values = demo.grow(values, edge_margin)
-            name = model or demo.shelf.default
-            source = demo.shelf.resolve(name) if name in demo.shelf.sources else demo.shelf.resolve(OWN, name)
-            settings = demo.settings(source, values, steps, guidance, seed, surroundings, color_compensation, detail)
-            demo.shelf.get(source)
-            outputs = generate(source, opened.image, values, opened.view(), settings, str(folder / "stop"))
-            result = next(output for output in outputs if isinstance(output, Image.Image))
-            path = save_photo(Photo(result, opened.metadata, opened.name), folder, file_format)
+            session = Session(opened)
+            options = {"edge_margin": edge_margin, "context": surroundings, "color_compensation": color_compensation}
+            run = demo.run(session, 1, values, name, steps, guidance, seed, detail=detail, **options)
+            *_, (_, (result,)) = run
+            path = str(demo.write(session, result, file_format))
             gradio_copy = gr.processing_utils.save_file_to_cache(path, cache_dir=gr.utils.get_upload_folder())
-            return gradio_copy, demo.describe(name, settings, edge_margin)
+            # Where the model lies on the server is not for everybody.
+            settings = dataclasses.asdict(session.version(result).settings) | {"model": name}
+            return gradio_copy, settings
         finally:
-            remove_folder(folder)
-            for path in (photo, mask):
+            if session is not None:
+                session.close()
+            for path in filter(None, (photo, mask)):
                 delete_upload(path)
 
     with gr.Column(visible=False):

@@ -1,10 +1,9 @@
 """The models that a visitor can choose from, loaded when first used."""
 
+import functools
 import logging
 import os
 import re
-import threading
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from .photos import VisitorError
 logger = logging.getLogger(__name__)
 
 NANO = "Nano (comes with the app, fast)"
-OWN = "Another repository"
 FULL = "Moebius Places2 (landscapes, rooms)"
 FULL_GIGABYTES = 1.2
 PUBLISHED = {
@@ -58,40 +56,12 @@ class ModelShelf:
             known = {value: key for key, value in self.sources.items()}
             self.default = known.get(source, default)
             self.sources.setdefault(self.default, source)
-        self._pipelines: OrderedDict[tuple[str, str | None], MoebiusInpaintPipeline] = OrderedDict()
-        self._lock = threading.Lock()
+        # One run at a time asks for a model, so that none is loaded twice at once.
+        self.get = functools.lru_cache(CAPACITY)(_load)
 
-    @property
-    def names(self) -> list[str]:
-        return [*self.sources, OWN]
-
-    def resolve(self, name: str, own: str = "") -> tuple[str, str | None]:
-        """Source and checkpoint folder of a visitor's choice."""
-        if name == OWN:
-            return parse_repository(own)
-        if name not in self.sources:
-            raise VisitorError(f"There is no model {name!r}; choose one of {', '.join(self.names)}.")
-        return self.sources[name]
-
-    def is_loaded(self, source: tuple[str, str | None]) -> bool:
-        return source in self._pipelines
-
-    def preload(self) -> None:
-        """Loads the first model. ZeroGPU moves to its GPU only what was put on `cuda` before the page is served."""
-        try:
-            self.get(self.sources[self.default])
-        except VisitorError:  # in the log already; it is tried again when a visitor asks for it
-            logger.warning("the page is served without the model %s", self.default)
-
-    def get(self, source: tuple[str, str | None]) -> MoebiusInpaintPipeline:
-        """The pipeline, loaded if need be."""
-        with self._lock:
-            if source not in self._pipelines:
-                self._pipelines[source] = _load(*source)
-            self._pipelines.move_to_end(source)
-            while len(self._pipelines) > CAPACITY:
-                self._pipelines.popitem(last=False)
-            return self._pipelines[source]
+    def resolve(self, name: str) -> tuple[str, str | None]:
+        """Source and checkpoint folder of a model on the list, or of any repository."""
+        return self.sources.get(name) or parse_repository(name)
 
 
 def parse_repository(text: str) -> tuple[str, str | None]:
@@ -110,7 +80,8 @@ def parse_repository(text: str) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-def _load(source: str, checkpoint: str | None) -> MoebiusInpaintPipeline:
+def _load(location: tuple[str, str | None]) -> MoebiusInpaintPipeline:
+    source, checkpoint = location
     device = (
         "cuda" if torch.cuda.is_available() or on_zero_gpu() else "mps" if torch.backends.mps.is_available() else "cpu"
     )

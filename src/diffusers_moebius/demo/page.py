@@ -1,6 +1,7 @@
 """The page of the demo: its controls, how they lie, and which of [`Demo`]'s functions each of them calls."""
 
 import html
+import json
 import os
 import random
 from pathlib import Path
@@ -10,15 +11,15 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from .api import add_api
-from .handlers import DEFAULT_CONTEXT, DETAILS, MAX_CANDIDATES, MAX_STEPS, Demo, friendly, parse_number
-from .models import FULL, FULL_GIGABYTES, NANO, OWN
-from .photos import MAX_FILE_MEGABYTES, MAX_MEGAPIXELS, VisitorError, open_photo, picture_url
-from .selection import SelectionUnavailable
-from .session import Session, delete_upload
+from .handlers import DEFAULT_CONTEXT, DETAILS, MAX_CANDIDATES, MAX_STEPS, MIN_CONTEXT_PIXELS, Demo, friendly
+from .models import FULL, FULL_GIGABYTES, NANO
+from .photos import MAX_FILE_MEGABYTES, MAX_MEGAPIXELS, VisitorError, open_photo, painted_mask, picture_url
+from .session import Session, call_glibc, delete_upload
 
 # What a visitor leaves behind is deleted when the page is closed, and after so many seconds in any case.
 SESSION_SECONDS = 3600
 MAX_WAITING = 64
+M_ARENA_MAX = -8  # of malloc.h
 
 STATIC = Path(__file__).with_name("static")
 
@@ -27,42 +28,27 @@ def _read(*names: str) -> str:
     return "\n".join((STATIC / name).read_text(encoding="utf-8") for name in names)
 
 
-EDITOR_SCRIPT = _read("editor.js", "component.js").replace("export function", "function")
-HEAD = f"<script>{_read('page.js')}</script>"
-CSS = _read("page.css", "editor.css")
 # Put before an event is sent: what the editor holds takes the place of its second input.
-MARKED = """(...values) => {
-  const editor = window.moebiusEditor;
-  values[1] = JSON.stringify({ photo: editor?.photo ?? null, mask: !editor || editor.isEmpty ? null : editor.mask });
-  return values;
-}"""
-SET_MARGINS = """(grow, percent) => {
-  const editor = window.moebiusEditor;
-  grow = grow.trim() === "" ? 4 * Math.min(...(editor?.photoSize ?? [0])) / 512 : Math.min(Number(grow) || 0, 200);
-  editor?.setMargins({ grow, context: { percent, least: 32 } });
-  return [];
-}"""
+MARKED = "(...values) => [values[0], JSON.stringify(window.moebiusEditor?.marked ?? {}), ...values.slice(2)]"
+SET_MARGINS = (
+    f"(grow, percent) => {{ window.moebiusEditor?.setMargins(grow, percent, {MIN_CONTEXT_PIXELS}); return []; }}"
+)
 # Fonts by name alone: gradio's own themes would fetch theirs from another server.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 THEME_FONTS = {"font": FONTS, "font_mono": ["ui-monospace", "Menlo", "Consolas", "monospace"]}
 INTRODUCTION = """# Remove things from photos
 Choose a photo, paint over what should go, press **Remove**. Everything else stays as it is, pixel by pixel."""
+MODEL_INFO = "One of these, or owner/name, or owner/name/folder, of a repository on the hub."
 # Without the queue an event is answered by its own request, so that no answer is lost on the stream that others share.
 DIRECT = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 
 
-def status_text(text: str, step: int | None = None, total: int | None = None) -> str:
-    bar = ""
-    if total:
-        bar = f'<progress max="{total}" value="{step or 0}" aria-label="Progress of the removal"></progress>'
+def status_text(text: str, step: int = 0, total: int = 0) -> str:
+    bar = f'<progress max="{total}" value="{step}" aria-label="Progress of the removal"></progress>' if total else ""
     return f'<div><span role="status" aria-live="polite">{html.escape(text)}</span>{bar}</div>'
 
 
-def duration(seconds: float) -> str:
-    return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} min"
-
-
-def _tell(do: str, **values) -> dict:
+def tell(do: str, **values) -> dict:
     """A command for the editor; its number makes it another than the one before, which would be no news."""
     return {"do": do, "number": random.random(), **values}
 
@@ -78,20 +64,29 @@ class Page:
         gr.Markdown(INTRODUCTION)
         with gr.Column() as self.upload_part:
             self._build_upload()
-        with gr.Column(visible=False, elem_id="work") as self.work_part:
-            self.editor = gr.HTML(html_template="<div></div>", js_on_load=EDITOR_SCRIPT, elem_id="editor")
+        with gr.Column(visible=False) as self.work_part:
+            script = _read("editor.js", "component.js").replace("export function", "function")
+            self.editor = gr.HTML(html_template="<div></div>", js_on_load=script, elem_id="editor")
             self.marked = gr.Textbox(visible=False)
         self.status = gr.HTML(status_text(""), elem_id="status")
         with gr.Row(visible=False, elem_id="actions") as self.actions:
             self.remove = gr.Button("Remove", variant="primary", elem_id="remove")
             self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop")
             self.download = gr.Button("Download", visible=False, elem_id="download")
-            self.restart = gr.Button("Another photo", elem_id="restart")
+            self.restart = gr.Button("Another photo")
         self.file = gr.DownloadButton("File", visible="hidden", elem_id="file")
-        with gr.Column(visible=False, elem_id="result") as self.result_part:
-            self._build_result()
+        with gr.Column(visible=False) as self.result_part:
+            formats = [("PNG, exact", "PNG"), ("JPEG, smaller", "JPEG"), ("The mask", "mask")]
+            self.file_format = gr.Radio(formats, value="PNG", label="Download as")
+            with gr.Row(visible=False) as self.small_part:
+                gr.Markdown("This is the small model that comes with the app: quick, and made for trying things out.")
+                self.use_full = gr.Button(f"Use the full model ({FULL_GIGABYTES} GB download, once)", size="sm")
+            self.used = gr.Textbox(
+                label="For the same picture again", interactive=False, lines=2, buttons=["copy"], elem_id="used"
+            )
         with gr.Accordion("Settings", open=False, elem_id="settings"):
-            self._build_settings()
+            self.options = self._build_settings()
+        self._connect()
 
     def _build_upload(self) -> None:
         self.upload = gr.Image(
@@ -106,98 +101,80 @@ class Page:
         # The file as it came: the component's own preprocessing opens it, and fails on what is no picture. Where
         # the file lies has been checked before. Not a subclass, for which gradio writes a stub beside this file.
         self.upload.preprocess = lambda payload: payload and (payload.path, payload.orig_name)
-        self.gallery = None
-        if self.demo.examples:
-            self.gallery = gr.Gallery(
-                [(example.thumbnail(), example.title) for example in self.demo.examples],
-                label="Or try one of these",
-                columns=4,
-                height=200,
-                allow_preview=False,
-                interactive=False,
-                buttons=[],
-                format="jpeg",
-                elem_id="examples",
-            )
-
-    def _build_result(self) -> None:
-        self.file_format = gr.Radio(
-            [("PNG, exact", "PNG"), ("JPEG, smaller", "JPEG"), ("The mask", "mask")],
-            value="PNG",
-            label="Download as",
-            elem_id="format",
-        )
-        with gr.Row(visible=False, elem_id="small") as self.small_part:
-            gr.Markdown("This is the small model that comes with the app: quick, and made for trying things out.")
-            self.use_full = gr.Button(f"Use the full model ({FULL_GIGABYTES} GB download, once)", size="sm")
-        self.used = gr.Textbox(
-            label="For the same picture again", interactive=False, lines=2, buttons=["copy"], elem_id="used"
+        self.gallery = gr.Gallery(
+            [(example.thumbnail(), example.title) for example in self.demo.examples],
+            label="Or try one of these",
+            visible=bool(self.demo.examples),
+            columns=4,
+            height=200,
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            format="jpeg",
+            elem_id="examples",
         )
 
-    def _build_settings(self) -> None:
-        shelf = self.demo.shelf
-        self.model = gr.Dropdown(shelf.names, value=shelf.default, label="Model", elem_id="model")
-        self.own = gr.Textbox(
-            label="Repository", placeholder="owner/name, or owner/name/folder", visible=False, elem_id="own"
-        )
+    def _build_settings(self) -> dict[str, gr.components.Component]:
+        """What a run takes, by its names in [`Demo.run`]. Texts for numbers: gradio sends one that is empty as 0."""
+        shelf, text = self.demo.shelf, {"max_lines": 1, "placeholder": "The model's own"}
+        options = {
+            "model": gr.Dropdown(
+                list(shelf.sources), value=shelf.default, allow_custom_value=True, label="Model", info=MODEL_INFO
+            ),
+        }
         with gr.Row():
-            # No numbers: gradio shows and sends one that is empty as 0.
-            self.steps = gr.Textbox(
-                label=f"Steps (1 to {MAX_STEPS})", placeholder="The model's own", max_lines=1, elem_id="steps"
-            )
-            self.guidance = gr.Textbox(
-                label="Guidance (0 to 20)", placeholder="The model's own", max_lines=1, elem_id="guidance"
-            )
+            options |= {
+                "steps": gr.Textbox(label=f"Steps (1 to {MAX_STEPS})", elem_id="steps", **text),
+                "guidance": gr.Textbox(label="Guidance (0 to 20)", **text),
+            }
         with gr.Row():
-            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
-            self.new_seed = gr.Checkbox(True, label="A new seed each time", elem_id="new-seed")
-            self.count = gr.Slider(
-                1, MAX_CANDIDATES, value=1, step=1, label="Candidates to choose from", elem_id="count"
-            )
+            options |= {
+                "seed": gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1),
+                "is_new": gr.Checkbox(True, label="A new seed each time"),
+                "count": gr.Slider(1, MAX_CANDIDATES, value=1, step=1, label="Candidates to choose from"),
+            }
         with gr.Row():
-            self.margin = gr.Textbox(
-                label="Edge margin (0 to 200 pixels)", placeholder="4 for each 512 pixels of the photo", max_lines=1
-            )
-            self.context = gr.Slider(0, 400, value=DEFAULT_CONTEXT, step=5, label="Surroundings seen (% of the mask)")
+            text["placeholder"] = "4 for each 512 pixels of the photo"
+            options |= {
+                "edge_margin": gr.Textbox(label="Edge margin (0 to 200 pixels)", **text),
+                "context": gr.Slider(0, 400, DEFAULT_CONTEXT, step=5, label="Surroundings seen (% of the mask)"),
+            }
         with gr.Row():
-            self.detail = gr.Radio(list(DETAILS.items()), value="auto", label="Texture", elem_id="detail")
-            self.compensate = gr.Checkbox(False, label="Match the filling's colours to those around it")
+            options |= {
+                "detail": gr.Radio(list(DETAILS.items()), value="auto", label="Texture"),
+                "color_compensation": gr.Checkbox(False, label="Match the filling's colours to those around it"),
+            }
+        return options
 
-    # --- what happens
-
-    def connect(self) -> None:
+    def _connect(self) -> None:
         """Says which event calls what."""
+        margins = [self.options["edge_margin"], self.options["context"]]
         parts = [self.upload_part, self.work_part, self.actions, self.download, self.result_part]
         opened = [self.state, self.editor, self.upload, *parts, self.status]
         # Not `input`, which neither the camera nor the clipboard's button is.
-        self.upload.change(self._open_upload, [self.state, self.upload], opened, **DIRECT)
-        if self.gallery is not None:
-            self.gallery.select(self._open_example, [self.state], opened, **DIRECT)
+        self.upload.change(self._open_upload, self.upload, opened, **DIRECT)
+        self.gallery.select(self._open_example, None, opened, **DIRECT)
+        self.editor.select(self._select, self.state, [self.editor, self.status], **DIRECT)
+        for control in margins:
+            control.input(None, margins, None, js=SET_MARGINS, **DIRECT)
+        chosen = [self.options["model"], self.small_part]
+        self.use_full.click(lambda: (FULL, gr.update(visible=False)), None, chosen, **DIRECT)
 
-        self.editor.select(lambda: status_text("Looking for what is there…"), None, self.status, **DIRECT)
-        self.editor.select(self._select, [self.state], [self.editor, self.status], **DIRECT)
-        for slider in (self.margin, self.context):
-            slider.input(None, [self.margin, self.context], None, js=SET_MARGINS, **DIRECT)
-        self.model.input(lambda name: gr.update(visible=name == OWN), self.model, self.own, **DIRECT)
-        self.use_full.click(lambda: (FULL, gr.update(visible=False)), None, [self.model, self.small_part], **DIRECT)
-
-        buttons = [self.remove, self.stop]
-        options = [self.model, self.own, self.steps, self.guidance, self.seed, self.new_seed, self.count]
-        options += [self.margin, self.context, self.compensate, self.detail]
-        shown = [self.status, self.editor, self.result_part, self.small_part, self.used, self.seed, self.download]
-        running = self.remove.click(self._wait, None, [*buttons, self.editor, self.status], **DIRECT).then(
+        idle = [self.remove, self.stop, self.editor, self.status]
+        result = [self.download, self.result_part, self.small_part, self.used, self.options["seed"]]
+        running = self.remove.click(self._wait, None, idle, **DIRECT).then(
             self._run,
-            [self.state, self.marked, *options],
-            [*shown, *buttons],
+            [self.state, self.marked, *self.options.values()],
+            [*idle, *result],
             js=MARKED,
             show_progress="hidden",
             concurrency_limit=1,
             concurrency_id="model",
             api_visibility="private",
         )
-        stopped = [*buttons, self.status, self.editor]
-        self.stop.click(self._stop, [self.state], stopped, cancels=[running], **DIRECT)
-        self.restart.click(self._start_again, [self.state], [*opened, *buttons], cancels=[running], **DIRECT)
+        self.stop.click(self._stop, self.state, idle, cancels=[running], **DIRECT)
+        closed = list(dict.fromkeys([*opened, *idle]))
+        self.restart.click(self._start_again, self.state, closed, cancels=[running], **DIRECT)
         # The file is written when it is asked for: a PNG of a large photo takes seconds.
         self.download.click(
             self._write, [self.state, self.marked, self.file_format], self.file, js=MARKED, **DIRECT
@@ -213,98 +190,73 @@ class Page:
         return {
             self.remove: gr.update(interactive=True),
             self.stop: gr.update(visible=False),
-            self.editor: _tell("idle"),
+            self.editor: tell("idle"),
             self.status: status_text(text),
         }
 
-    def _show(self, session: Session, told: dict, text: str) -> dict:
-        return {
-            self.state: session,
-            self.editor: _tell(**told),
-            **self._arrange(True),
-            self.status: status_text(text),
-        }
+    def _show(self, text: str, *photo_and_mask) -> dict:
+        session, told = self.demo.open(*photo_and_mask)
+        shown = {self.state: session, self.editor: tell("open", **told), self.status: status_text(text)}
+        return self._arrange(True) | shown
 
     @friendly()
-    def _open_upload(self, session, file):
+    def _open_upload(self, file):
         if file is None:  # as it is when the photo has been taken from the component
             # Not `gr.skip()` for all: an update makes a new component for the visitor, without our preprocessing.
             return {self.upload: None}
-        path, name = file
-        session = session or Session()
         try:
-            photo = open_photo(path, name)
-            return self._show(
-                session, self.demo.open(session, photo), f"{photo.image.width}×{photo.image.height} pixels."
-            )
+            photo = open_photo(*file)
         except VisitorError as error:
             gr.Warning(str(error), duration=None, title="Another photo, please")
             return {self.upload: None, self.status: status_text(str(error))}
         finally:
-            delete_upload(path)
+            delete_upload(file[0])
+        return self._show(f"{photo.image.width}×{photo.image.height} pixels.", photo)
 
     @friendly()
-    def _open_example(self, session, event: gr.SelectData):
-        session = session or Session()
-        told = self.demo.open(session, *self.demo.examples[event.index].load())
-        return self._show(session, told, "What is tinted red is marked. Press Remove.")
+    def _open_example(self, event: gr.SelectData):
+        return self._show("What is tinted red is marked. Press Remove.", *self.demo.examples[event.index].load())
 
     @friendly()
     def _start_again(self, session):
         if session is not None:
             session.close()
-        return {self.state: None, **self._idle(""), **self._arrange(False), self.editor: _tell("close")}
+        return {self.state: None, **self._idle(""), **self._arrange(False), self.editor: tell("close")}
 
     @friendly()
     def _select(self, session, event: gr.EventData):
         try:
-            return _tell(**self.demo.select(session or Session(), event._data)), status_text("")
-        except SelectionUnavailable as error:
-            return _tell("add", mask=None), status_text(str(error))
+            return tell("add", **self.demo.select(_opened(session), event._data)), status_text("")
+        except VisitorError as error:
+            return tell("add"), status_text(str(error))
 
     @friendly()
     def _wait(self):
         return {
             self.remove: gr.update(interactive=False),
             self.stop: gr.update(visible=True),
-            self.editor: _tell("busy"),
+            self.editor: tell("busy"),
             self.status: status_text("Waiting for a free place…"),
         }
 
-    def _run(
-        self, session, marked, model, own, steps, guidance, seed, is_new, count, margin, context, compensate, detail
-    ):
-        stop_flag = None
+    def _run(self, session, marked, *values):
+        options = dict(zip(self.options, values))
         try:
             with friendly():
-                seed = random.randrange(2**31) if is_new else seed
-                yield {self.status: status_text("Starting…"), self.seed: seed}
-                for kind, value in self.demo.run(
-                    session or Session(),
-                    marked,
-                    model,
-                    own,
-                    parse_number("edge margin", margin),
-                    count,
-                    seed,
-                    steps=parse_number("steps", steps),
-                    guidance=parse_number("guidance", guidance),
-                    context=context,
-                    color_compensation=compensate,
-                    detail=detail,
-                ):
-                    stop_flag = session.stop_flag
+                if options.pop("is_new"):
+                    options["seed"] = random.randrange(2**31)
+                yield {self.status: status_text("Starting…"), self.options["seed"]: options["seed"]}
+                marked = json.loads(marked)
+                view = _opened(session).version(marked["photo"]).photo.view
+                mask = painted_mask(marked["mask"], view.size)
+                for kind, value in self.demo.run(session, marked["photo"], mask, **options):
                     if kind == "done":
-                        yield self._idle("") | self._finished(session, value, model)
+                        yield self._idle("") | self._finished(session, value, options["model"])
                         return
                     yield self._progress(kind, value)
-            yield self._idle("Stopped.")
-        except BaseException as error:
-            # Also when the page is closed, or the event is cancelled: nobody waits for the result any more.
-            if stop_flag is not None and stop_flag.parent.exists():
-                stop_flag.touch()
-            if isinstance(error, Exception):
-                yield self._idle("")
+                yield self._idle("Stopped.")
+        except gr.Error:
+            yield self._idle("")
             raise
 
     def _progress(self, kind: str, value) -> dict:
@@ -313,23 +265,23 @@ class Page:
         step, left = value
         text = f"Step {step.number} of {step.total}"
         if 2 <= step.number < step.total:
-            text += f", about {duration(left)} left"
+            text += f", about {max(1, round(left))} s left" if left < 90 else f", about {round(left / 60)} min left"
         update = {self.status: status_text(text, step.number, step.total)}
         if step.preview is not None:
-            update[self.editor] = _tell("preview", url=picture_url(step.preview))
+            update[self.editor] = tell("preview", url=picture_url(step.preview))
         return update
 
     def _finished(self, session: Session, ids: list[int], model: str) -> dict:
         versions = [session.version(each) for each in ids]
-        candidates = [{"id": each, "url": picture_url(v.photo.view())} for each, v in zip(ids, versions)]
+        candidates = [{"id": each, "url": picture_url(v.photo.view)} for each, v in zip(ids, versions)]
         several = "Pick one, and mark the next thing" if len(ids) > 1 else "Mark the next thing"
         return {
             self.status: status_text(f"Done. {several}, or download the photo."),
-            self.editor: _tell("finish", candidates=candidates),
+            self.editor: tell("finish", candidates=candidates),
             self.download: gr.update(visible=True),
             self.result_part: gr.update(visible=True),
             self.small_part: gr.update(visible=model == NANO),
-            self.used: "\n".join(version.command for version in versions),
+            self.used: "\n".join(version.settings.command(version.photo.name) for version in versions),
         }
 
     @friendly()
@@ -340,7 +292,13 @@ class Page:
 
     @friendly()
     def _write(self, session, marked, file_format):
-        return str(self.demo.write(session or Session(), marked, file_format))
+        return str(self.demo.write(_opened(session), json.loads(marked)["photo"], file_format))
+
+
+def _opened(session: Session | None) -> Session:
+    if session is None:
+        raise VisitorError("Your photo is no longer kept here. Please open it again.")
+    return session
 
 
 def build_demo(model: str | None = None, selector: str | None = None) -> gr.Blocks:
@@ -348,10 +306,9 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
     Builds the page.
 
     Args:
-        model (`str`, *optional*): The model that is chosen at first: `"nano"`, a repository on the hub, a pipeline
-            folder; the environment variable `MOEBIUS_DEMO_MODEL`, or the bundled model, if not given.
-        selector (`str`, *optional*): Repository or folder of the SAM 2 model of click to select;
-            `facebook/sam2.1-hiera-tiny` if not given.
+        model (`str`, *optional*): The model that is chosen at first; see [`ModelShelf`].
+        selector (`str`, *optional*): Repository or folder of the SAM 2 model of click to select; see
+            [`ObjectSelector`].
 
     Returns:
         `gradio.Blocks`: The page; [`launch_demo`] serves it with the limits and looks that belong to it.
@@ -360,7 +317,7 @@ def build_demo(model: str | None = None, selector: str | None = None) -> gr.Bloc
     with gr.Blocks(
         title="Remove things from photos", analytics_enabled=False, delete_cache=(300, SESSION_SECONDS)
     ) as blocks:
-        Page(demo).connect()
+        Page(demo)
         add_api(demo)
     return blocks
 
@@ -390,6 +347,8 @@ def launch_demo(
     Raises:
         ValueError: If the port is in use.
     """
+    # One pool of memory for all threads, which come and go: what is free in the others is never given back.
+    call_glibc("mallopt", M_ARENA_MAX, 1)
     page = build_demo(model, selector)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=4)
     try:
@@ -398,8 +357,8 @@ def launch_demo(
             server_port=port,
             share=share,
             theme=gr.themes.Default(**THEME_FONTS),
-            css=CSS,
-            head=HEAD,
+            css=_read("page.css", "editor.css"),
+            head=f"<script>{_read('page.js')}</script>",
             max_file_size=f"{MAX_FILE_MEGABYTES}mb",
             show_error=False,
             ssr_mode=False,

@@ -4,14 +4,17 @@ what a scribble covers, snapped to the edges in the photo.
 """
 
 import logging
+import math
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import numpy as np
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL import Image
 
+from ..pictures.mask import mask_box
 from .models import on_zero_gpu
 from .photos import VisitorError
 
@@ -23,16 +26,10 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # GrabCut takes 0.4 s at this size, and its edges are those of the photo once they are enlarged.
 SNAP_SIDE = 512
 HUB_SECONDS = 3  # to find out whether there is a hub to download from
-
-
-class SelectionUnavailable(VisitorError):
-    """The model of click to select cannot be loaded."""
-
-    def __init__(self):
-        super().__init__(
-            "A click finds nothing here, since the model for it cannot be loaded. Scribble over the object, or draw a "
-            "line around it: that snaps to its edges."
-        )
+UNAVAILABLE = (
+    "A click finds nothing here, since the model for it cannot be loaded. Scribble over the object, or draw a line "
+    "around it: that snaps to its edges."
+)
 
 
 class ObjectSelector:
@@ -50,34 +47,31 @@ class ObjectSelector:
         self._model = None
         self._lock = threading.Lock()
         # Looking for a hub takes long where there is none: it is done while the visitor still looks at the page.
-        self._megabytes: float | None = None
-        self._looked = threading.Event()
-        threading.Thread(target=self._look, daemon=True).start()
+        self._size = ThreadPoolExecutor(1).submit(self._look)
 
-    def _look(self) -> None:
-        """Finds out how much there is to download: nothing, so many megabytes, or infinitely many without a hub."""
+    def _look(self) -> float:
         try:
             if os.path.isdir(self.source) or isinstance(try_to_load_from_cache(self.source, "model.safetensors"), str):
-                self._megabytes = 0
-            else:
-                info = HfApi().model_info(self.source, files_metadata=True, timeout=HUB_SECONDS)
-                sizes = [file.size for file in info.siblings if file.rfilename == "model.safetensors"]
-                self._megabytes = sizes[0] / 1e6
+                return 0
+            info = HfApi().model_info(self.source, files_metadata=True, timeout=HUB_SECONDS)
+            return next(file.size for file in info.siblings if file.rfilename == "model.safetensors") / 1e6
         except Exception:  # no network, no such repository, no weights in it
             logger.warning("the selection model %s cannot be had", self.source)
-            self._megabytes = float("inf")
-        self._looked.set()
+            return math.inf
 
     @property
     def megabytes(self) -> float:
         """What a first click would download; infinite where it cannot."""
-        return self._megabytes if self._looked.wait(4 * HUB_SECONDS) else float("inf")
+        try:
+            return 0 if self._model else self._size.result(4 * HUB_SECONDS)
+        except TimeoutError:
+            return math.inf
 
     @property
     def hint(self) -> str:
         """What a visitor should know before the first click."""
         scribble = "scribble over it, or draw a line around it"
-        if self.megabytes == float("inf"):
+        if self.megabytes == math.inf:
             return f"To mark an object, {scribble}."
         download = f" The first click downloads a model ({self.megabytes:.0f} MB)." if self.megabytes else ""
         return f"Click on an object, {scribble}.{download}"
@@ -85,29 +79,22 @@ class ObjectSelector:
     def _load(self):
         with self._lock:
             if self._model is None:
-                if self.megabytes == float("inf"):
-                    raise SelectionUnavailable
+                if self.megabytes == math.inf:
+                    raise VisitorError(UNAVAILABLE)
                 try:
                     from transformers import Sam2Model
 
                     # On ZeroGPU clicks are answered where there is no GPU: waiting for one takes longer.
                     device = "cuda" if torch.cuda.is_available() and not on_zero_gpu() else "cpu"
                     self._model = Sam2Model.from_pretrained(self.source).eval().to(device)
-                    self._megabytes = 0
                 except Exception as error:  # A network that breaks, a transformers without SAM 2.
                     logger.warning("the selection model cannot be loaded", exc_info=True)
-                    self._megabytes = float("inf")
-                    raise SelectionUnavailable from error
+                    raise VisitorError(UNAVAILABLE) from error
             return self._model
 
     @torch.no_grad()
     def embed(self, view: Image.Image) -> list[torch.Tensor]:
-        """
-        What the model needs to know of a picture, once for all clicks.
-
-        Args:
-            view (`PIL.Image.Image`): RGB.
-        """
+        """What the model needs to know of an RGB picture, once for all clicks."""
         model = self._load()
         side = _side(model)
         pixels = np.asarray(view.resize((side, side), Image.Resampling.BILINEAR), np.float32) / 255
@@ -117,7 +104,7 @@ class ObjectSelector:
     @torch.no_grad()
     def select(self, embeddings: list[torch.Tensor], size: tuple[int, int], point: tuple[float, float]) -> np.ndarray:
         """
-        The object under a point.
+        The object under a point: of the model's three guesses the one that it trusts most.
 
         Args:
             embeddings (`list[torch.Tensor]`): From [`embed`].
@@ -125,7 +112,7 @@ class ObjectSelector:
             point (`tuple[float, float]`): x and y in its pixels.
 
         Returns:
-            `np.ndarray` of shape `[height, width]`, boolean: of the model's three guesses the one that it trusts most.
+            `np.ndarray` of shape `[height, width]`, boolean.
         """
         model = self._load()
         side = _side(model)
@@ -144,8 +131,7 @@ class ObjectSelector:
 
 
 def _side(model) -> int:
-    side = model.config.prompt_encoder_config.image_size
-    return side if isinstance(side, int) else side[0]
+    return int(np.max(model.config.prompt_encoder_config.image_size))
 
 
 def snap_to_edges(view: Image.Image, scribble: np.ndarray) -> np.ndarray:
@@ -161,33 +147,30 @@ def snap_to_edges(view: Image.Image, scribble: np.ndarray) -> np.ndarray:
     """
     import cv2
 
+    if not scribble.any():
+        return scribble
     height, width = scribble.shape
     scale = min(1.0, SNAP_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     pixels = cv2.resize(np.asarray(view), size, interpolation=cv2.INTER_AREA)[..., ::-1]
-    drawn = cv2.resize(scribble.astype(np.uint8), size, interpolation=cv2.INTER_AREA) > 0
-    if not drawn.any():
-        return scribble
-    contours, _ = cv2.findContours(drawn.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    filled = cv2.drawContours(np.zeros(drawn.shape, np.uint8), contours, -1, 1, cv2.FILLED) > 0
-    rows, columns = np.flatnonzero(filled.any(1)), np.flatnonzero(filled.any(0))
-    margin = max(8, round(0.25 * max(np.ptp(rows), np.ptp(columns))))
-    labels = np.full(drawn.shape, cv2.GC_BGD, np.uint8)
+    drawn = cv2.resize(scribble.astype(np.uint8), size, interpolation=cv2.INTER_AREA)
+    contours, _ = cv2.findContours(drawn, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    filled = cv2.drawContours(np.zeros_like(drawn), contours, -1, 1, cv2.FILLED)
+    labels = np.full_like(drawn, cv2.GC_BGD)
     if filled.sum() > 2 * drawn.sum():  # a line around the object, which lies within
-        labels[filled] = cv2.GC_PR_FGD
-        labels[drawn] = cv2.GC_PR_BGD
+        labels[filled > 0] = cv2.GC_PR_FGD
+        labels[drawn > 0] = cv2.GC_PR_BGD
     else:
-        top, left = max(0, rows[0] - margin), max(0, columns[0] - margin)
-        labels[top : rows[-1] + margin + 1, left : columns[-1] + margin + 1] = cv2.GC_PR_BGD
-        labels[drawn] = cv2.GC_PR_FGD
-        core = cv2.erode(drawn.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=3) > 0
-        labels[core] = cv2.GC_FGD
+        left, top, right, bottom = mask_box(drawn > 0)
+        left, top, right, bottom = mask_box(drawn > 0, max(8, round(0.25 * max(right - left, bottom - top))))
+        labels[top:bottom, left:right] = cv2.GC_PR_BGD
+        labels[drawn > 0] = cv2.GC_PR_FGD
+        labels[cv2.erode(drawn, np.ones((3, 3), np.uint8), iterations=3) > 0] = cv2.GC_FGD
     try:
-        cv2.grabCut(
-            np.ascontiguousarray(pixels), labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK
-        )
+        models = np.zeros((1, 65)), np.zeros((1, 65))
+        cv2.grabCut(np.ascontiguousarray(pixels), labels, None, *models, 4, cv2.GC_INIT_WITH_MASK)
     except cv2.error:  # all is object, or nothing
         return scribble
-    region = ((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.float32)
+    region = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.float32)
     found = cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR) >= 0.5
     return found if found.any() else scribble

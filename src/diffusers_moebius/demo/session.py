@@ -1,108 +1,92 @@
 """What the demo keeps of one visitor, and for how long."""
 
 import contextlib
+import ctypes
+import itertools
 import os
 import tempfile
 import threading
 import time
-import weakref
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from .inpainting import Settings
 from .photos import Photo, VisitorError
 
 # An upload is kept for so long after its use, since gradio keeps equal files of equal names at one place: another
 # visitor may have sent the same, and wait for their turn.
 UPLOAD_SECONDS = 60
-MAX_KEPT_MEGAPIXELS = 250
+MAX_KEPT_MEGAPIXELS = 150
 
 
 @dataclass(frozen=True)
 class Version:
-    """
-    A visitor's photo as it came, or after a removal.
-
-    Args:
-        photo (`Photo`): The photo.
-        mask (`np.ndarray` of shape `[H, W]`, *optional*): What was filled to make it, before the mask was grown.
-        command (`str`): The command line that makes it from the photo before it.
-    """
+    """A visitor's photo as it came, or after a removal: of which mask, before it was grown, and by which settings."""
 
     photo: Photo
     mask: np.ndarray | None = None
-    command: str = ""
+    settings: Settings | None = None
 
 
 class Session:
-    """One visitor's versions of a photo. It is compared and hashed by identity, as gradio does with states."""
+    """One visitor's versions of a photo, by ids; that of the photo as it came is 1."""
 
-    def __init__(self):
+    def __init__(self, photo: Photo):
         self.versions: dict[int, Version] = {}
-        self._next_id = 0
+        self._ids = itertools.count(1)
         self.embeddings: tuple[int, list] | None = None  # of which version, for clicks
-        self.folder = Path(tempfile.mkdtemp(prefix="moebius-demo-"))
-        self._remove_folder = weakref.finalize(self, remove_folder, self.folder)
-        self.stop_flag = self.folder / "stop"
-
-    def open(self, photo: Photo) -> int:
-        """Begins with a photo, and forgets the one before; returns its id."""
-        self.stop()
-        self.versions.clear()
-        self.embeddings = None
-        for path in self.folder.iterdir():
-            if path != self.stop_flag:
-                path.unlink(missing_ok=True)
-        return self.keep(Version(photo))
+        self._directory = tempfile.TemporaryDirectory(prefix="moebius-demo-", ignore_cleanup_errors=True)
+        self.folder = Path(self._directory.name)
+        self.begin_run()
+        self.keep(Version(photo))
 
     def keep(self, version: Version) -> int:
         """Keeps a version, and lets go of the oldest removals if all together are too large; returns its id."""
-        self._next_id += 1
-        self.versions[self._next_id] = version
-        while len(self.versions) > 2 and self._megapixels() > MAX_KEPT_MEGAPIXELS:
+        version_id = next(self._ids)
+        self.versions[version_id] = version
+        width, height = version.photo.image.size  # which all of them have
+        while len(self.versions) > max(2, MAX_KEPT_MEGAPIXELS * 1e6 / (width * height)):
             del self.versions[list(self.versions)[1]]
-        return self._next_id
+        return version_id
 
-    def _megapixels(self) -> float:
-        return sum(v.photo.image.width * v.photo.image.height for v in self.versions.values()) / 1e6
-
-    def version(self, version_id: int | None) -> Version:
+    def version(self, version_id: int) -> Version:
         if version_id not in self.versions:
             raise VisitorError(
                 "This version of the photo is no longer kept. Please go on from a newer one, or open the photo again."
-                if self.versions
-                else "Choose a photo first."
             )
         return self.versions[version_id]
 
     def begin_run(self) -> Path:
-        """A flag for a new run; the one before, if it still goes on, is told to stop."""
-        self.stop()
-        handle, path = tempfile.mkstemp(prefix="stop-", dir=self.folder)
-        os.close(handle)
-        self.stop_flag = Path(path)
-        self.stop_flag.unlink()
+        """The stop flag of a new run: a file that is not there."""
+        self.stop_flag = self.folder / f"stop-{uuid.uuid4().hex}"
         return self.stop_flag
 
     def stop(self) -> None:
         """Stops the run that goes on, if any."""
-        if self.folder.exists():
-            self.stop_flag.touch()
+        raise_flag(self.stop_flag)
 
     def close(self) -> None:
-        """Stops, and deletes what is on the disk."""
+        """Stops, and forgets all."""
         self.stop()
         self.versions.clear()
-        self._remove_folder()
+        self.embeddings = None
+        self._directory.cleanup()
+        call_glibc("malloc_trim", 0)
 
 
-def remove_folder(folder: Path) -> None:
-    """Deletes a folder and the files in it; it may be gone already."""
-    if folder.exists():
-        for path in folder.iterdir():
-            path.unlink(missing_ok=True)
-        folder.rmdir()
+def call_glibc(function: str, *values: int) -> None:
+    """Tells glibc how to keep freed memory, of which it else keeps hundreds of megabytes; others need no word."""
+    with contextlib.suppress(OSError, AttributeError):
+        getattr(ctypes.CDLL("libc.so.6"), function)(*values)
+
+
+def raise_flag(path: Path) -> None:
+    """Makes a stop flag, unless its session has been closed, which has stopped the run already."""
+    with contextlib.suppress(FileNotFoundError):
+        path.touch()
 
 
 def delete_upload(path: str) -> None:

@@ -1,0 +1,1 @@
+TINY_AUTOENCODER = "madebyollin/taesdxl"  # has the latents of the published models

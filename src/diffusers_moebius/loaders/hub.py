@@ -32,6 +32,7 @@ from huggingface_hub.utils import (
 )
 
 from ..checkpoints import bundled_checkpoints
+from . import TINY_AUTOENCODER
 from .model_card import FACTS_FILE, make_model_card, weight_facts
 from .release_checkpoint import (
     DEFAULT_CHECKPOINT,
@@ -292,6 +293,29 @@ class MoebiusLoaderMixin:
         elif FACTS_FILE in source.files:
             pipeline._facts_path = Path(source.path(FACTS_FILE))
         return pipeline
+
+    def use_tiny_decoder(self, tiny_vae: str | os.PathLike | ModelMixin = TINY_AUTOENCODER, **hub_kwargs):
+        """
+        Decodes with a tiny autoencoder that has the same latents; `vae` still encodes.
+
+        Args:
+            tiny_vae (`str`, `os.PathLike` or [`AutoencoderTiny`], defaults to `"madebyollin/taesdxl"`): The
+                autoencoder, its folder or its repository. The default has the latents of the published models.
+            hub_kwargs: As in diffusers' `from_pretrained`.
+
+        Returns:
+            [`MoebiusInpaintPipeline`]: The same object.
+
+        Raises:
+            ValueError: If its latents have another number of channels.
+            OSError: If it is neither there nor in the cache, and the hub does not give it.
+        """
+        tiny_vae = load_vae(tiny_vae, self.vae.dtype, **hub_kwargs)
+        channels, expected = tiny_vae.config.latent_channels, self.vae.config.latent_channels
+        if channels != expected:
+            raise ValueError(f"`tiny_vae` must have latents of {expected} channels, as `vae` has, but has {channels}.")
+        self.register_modules(tiny_vae=tiny_vae.to(self.device))
+        return self
 
     @classmethod
     def _from_release(cls, source: ModelSource, folder: str, vae, config, **kwargs):

@@ -161,7 +161,8 @@ def write_modular_index(
     _write_json(folder / "guider" / "guider_config.json", {"_class_name": guider_class, **guider, **version})
 
     index = {"_class_name": "ModularPipeline", "_blocks_class_name": name, **version, **settings}
-    classes = {key: type(component) for key, component in pipeline.components.items()}
+    components = {key: component for key, component in pipeline.components.items() if component is not None}
+    classes = {key: type(component) for key, component in components.items()}
     named = {key: (cls.__module__.partition(".")[0], cls.__name__) for key, cls in classes.items()}
     for key, (library, class_name) in {**named, "guider": ("diffusers", guider_class)}.items():
         library = sys.modules[blocks.__module__].MODULE_FOR_INDEX if class_name in COMPONENT_CLASSES else library

@@ -4,6 +4,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -19,6 +22,24 @@ def add_(hidden_states: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     if hidden_states.dtype != other.dtype:  # autocast and float32 residuals: the result has the wider type
         return hidden_states + other
     return hidden_states.add_(other)
+
+
+def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    `F.linear`, on a CPU by oneDNN, to which PyTorch leaves convolutions but not float32 products.
+
+    Those go to MKL, which on AMD's processors does without AVX-512 and takes twice as long there.
+    """
+    by_onednn = (
+        torch.backends.mkldnn.is_available()
+        and tokens.device.type == "cpu"
+        and tokens.dtype == weight.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+    if not by_onednn:
+        return F.linear(tokens, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(tokens, weight.contiguous(), bias, "none", [], "")  # strided: 1000 x
 
 
 def slices(size: int, count: int) -> list[slice]:
@@ -41,7 +62,7 @@ class PointwiseConv2d(nn.Linear):
         self.bias = conv.bias
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return linear(hidden_states.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
 
 
 # The next three own the weights that they cut up, so that offloading, which follows calls, has them in place.
@@ -64,16 +85,16 @@ class FusedSeparableConv2d(nn.Module):
         self.weight, self.bias = nn.Parameter(pointwise.weight.detach().flatten(1)), pointwise.bias
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = hidden_states.shape
+        channels = hidden_states.shape[1]
         count = -(-hidden_states.numel() // self.max_elements) if hidden_states.device.type == "cpu" else 1
         output = None
         for part in slices(channels, count):
             weight, bias = self.depthwise_weight[part], self.depthwise_bias[part]
             depthwise = F.conv2d(hidden_states[:, part], weight, bias, padding=1, groups=len(weight))
-            depthwise = F.relu(depthwise, inplace=True).permute(0, 2, 3, 1).flatten(0, 2)
-            weight = self.weight[:, part].t()
-            output = torch.addmm(self.bias, depthwise, weight) if output is None else output.addmm_(depthwise, weight)
-        output = output.view(batch, height, width, -1).permute(0, 3, 1, 2)
+            depthwise = F.relu(depthwise, inplace=True).permute(0, 2, 3, 1)
+            product = linear(depthwise, self.weight[:, part], self.bias if output is None else None)
+            output = product if output is None else output.add_(product)
+        output = output.permute(0, 3, 1, 2)
         return add_(output, hidden_states) if self.has_skip else output
 
 
@@ -101,7 +122,7 @@ class SlicedMixFeedForward(nn.Module):
         self.weight = nn.Parameter(layer.point_conv.conv.weight.detach().flatten(1))
 
     def expand(self, tokens: torch.Tensor, half: int, part: slice) -> torch.Tensor:
-        hidden_states = F.linear(tokens, self.inverted_weight[half, part], self.inverted_bias[half, part])
+        hidden_states = linear(tokens, self.inverted_weight[half, part], self.inverted_bias[half, part])
         hidden_states = silu_(hidden_states).permute(0, 3, 1, 2)
         weight, bias = self.depth_weight[half, part], self.depth_bias[half, part]
         return F.conv2d(hidden_states, weight, bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1)
@@ -113,10 +134,9 @@ class SlicedMixFeedForward(nn.Module):
         output = None
         for part in slices(hidden, -(-hidden * tokens[..., 0].numel() // max_elements)):
             gate = silu_(self.expand(tokens, 1, part))
-            gated = gate.mul_(self.expand(tokens, 0, part)).flatten(0, 2)
-            weight = self.weight[:, part].t()
-            output = gated @ weight if output is None else output.addmm_(gated, weight)
-        return output.view(tokens.shape).permute(0, 3, 1, 2)
+            product = linear(gate.mul_(self.expand(tokens, 0, part)), self.weight[:, part])
+            output = product if output is None else output.add_(product)
+        return output.permute(0, 3, 1, 2)
 
 
 class SmallGridUpsample2D(nn.Module):
@@ -128,11 +148,13 @@ class SmallGridUpsample2D(nn.Module):
     products. Along both axes there are nine of them for each channel and small position; the enlarged grid needs 36.
 
     Args:
-        layer (`MoebiusUpsample2D`): The layer that it replaces.
+        layer (`MoebiusUpsample2D` or `Upsample2D`): The layer that it replaces.
+        max_elements (`int`, defaults to 2**20): On the CPU, size of the bands of rows that it works on one by one.
     """
 
-    def __init__(self, layer: MoebiusUpsample2D):
+    def __init__(self, layer: MoebiusUpsample2D | Upsample2D, max_elements: int = 2**20):
         super().__init__()
+        self.max_elements = max_elements
         weight = layer.conv.weight.detach()
         # What multiplies x[i] - x[i - 1], x[i] and x[i + 1] - x[i].
         terms = torch.tensor([[-1.0, 0, 0], [1, 1, 1], [0, 0, 1]], device=weight.device)
@@ -142,20 +164,48 @@ class SmallGridUpsample2D(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.permute(0, 2, 3, 1)  # [B, H, W, C]
         batch, height, width, _ = tokens.shape
-        columns, rows = F.pad(tokens, (0, 0, 1, 1)).diff(dim=2), F.pad(tokens, (0, 0, 0, 0, 1, 1)).diff(dim=1)
-        corners = F.pad(columns, (0, 0, 0, 0, 1, 1)).diff(dim=1)
-        center = F.linear(tokens, self.weight[1, 1], self.bias)
+        count = -(-tokens.numel() // self.max_elements) if tokens.device.type == "cpu" else 1
+        output = tokens.new_empty(batch, height, 2, width, 2, self.weight.shape[2])
+        for part in slices(height, count):
+            above, below = max(part.start - 1, 0), min(part.stop + 1, height)
+            edges = (0, 0, 0, 0, above - part.start + 1, part.stop + 1 - below)
+            self.enlarge(F.pad(tokens[:, above:below], edges), output[:, part])
+        return output.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+
+    def enlarge(self, tokens: torch.Tensor, output: torch.Tensor) -> None:
+        """Writes a band of rows, given with one more on either side `[B, H + 2, W, C]`, to `[B, H, 2, W, 2, out]`."""
+        height, width = output.shape[1], output.shape[3]
+        rows, tokens = tokens.diff(dim=1), tokens[:, 1:-1]
+        columns = F.pad(tokens, (0, 0, 1, 1)).diff(dim=2)
+        corners = F.pad(rows, (0, 0, 1, 1)).diff(dim=2)
+        center = linear(tokens, self.weight[1, 1], self.bias)
         across = []
         for x in (0, 1):
-            horizontal = F.linear(columns, self.weight[1, 2 * x])  # [B, H, W + 1, out]
+            horizontal = linear(columns, self.weight[1, 2 * x])  # [B, H, W + 1, out]
             across.append(center + horizontal[:, :, x : x + width])
-        output = center.new_empty(batch, height, 2, width, 2, center.shape[-1])
         for y in (0, 1):
-            vertical = F.linear(rows, self.weight[2 * y, 1])[:, y : y + height]
+            vertical = linear(rows, self.weight[2 * y, 1])[:, y : y + height]
             for x in (0, 1):
-                diagonal = F.linear(corners, self.weight[2 * y, 2 * x])[:, y : y + height, x : x + width]
+                diagonal = linear(corners, self.weight[2 * y, 2 * x])[:, y : y + height, x : x + width]
                 output[:, :, y, :, x] = (vertical + diagonal).add_(across[x])
-        return output.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+
+
+class FusedResnetBlock2D(nn.Module):
+    """
+    A residual block of an autoencoder that works in place.
+
+    Args:
+        layer (`ResnetBlock2D`): The block that it replaces: without time embedding, as those of [`AutoencoderKL`] are.
+    """
+
+    def __init__(self, layer: ResnetBlock2D):
+        super().__init__()
+        self.norm1, self.conv1, self.norm2, self.conv2 = layer.norm1, layer.conv1, layer.norm2, layer.conv2
+        self.conv_shortcut = layer.conv_shortcut
+
+    def forward(self, hidden_states: torch.Tensor, temb: None = None) -> torch.Tensor:
+        output = self.conv2(silu_(self.norm2(self.conv1(silu_(self.norm1(hidden_states))))))
+        return add_(output, hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states))
 
 
 def adapter_layers(model: nn.Module | None) -> dict[str, nn.Module]:
@@ -219,3 +269,26 @@ def fuse_for_inference(unet: nn.Module) -> None:
     unet.conv_in.to(memory_format=torch.channels_last)
     unet.requires_grad_(False)
     unet.is_fused = True
+
+
+def refuse_to_save(*args, **kwargs) -> None:
+    raise ValueError("This autoencoder has been fused for inference and cannot be saved; load it again to save it.")
+
+
+def fuse_autoencoder(vae: nn.Module) -> None:
+    """
+    Puts faster layers in the place of those of an [`AutoencoderKL`]; other autoencoders stay as they are.
+
+    Its function stays the same but for rounding. It can no longer be saved.
+    """
+    if not isinstance(vae, AutoencoderKL):
+        return
+    for parent in list(vae.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is ResnetBlock2D:
+                setattr(parent, name, FusedResnetBlock2D(layer))
+            elif type(layer) is Upsample2D:
+                setattr(parent, name, SmallGridUpsample2D(layer))
+    for half in (vae.encoder, vae.decoder):
+        half.conv_in.to(memory_format=torch.channels_last)
+    vae.save_pretrained = refuse_to_save

@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import KarrasDiffusionSchedulers, UniPCMultistepScheduler
 from diffusers.utils import logging, replace_example_docstring
 
-from ..models.fusion import remove_fused_adapters
+from ..models.fusion import fuse_autoencoder, remove_fused_adapters
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.unet_2d_moebius import MoebiusUNet2DModel
 from ..models.unet_2d_pixelhacker import PixelHackerUNet2DModel
@@ -88,9 +88,13 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
             Fraction of the steps after which guidance begins in a call that names no interval.
         default_detail (`str`, *optional*, defaults to `"enlarged"`):
             How a call that does not say so adds texture of the photo; `"patches"` for the bundled model.
+        tiny_vae ([`AutoencoderTiny`], *optional*):
+            Decodes instead of `vae`, in a small part of the time and less exactly; it must have the same latents, as
+            `madebyollin/taesdxl` has those of the published models. `vae` still encodes.
     """
 
-    model_cpu_offload_seq = "lcg_embedder->unet->vae"
+    model_cpu_offload_seq = "lcg_embedder->unet->vae->tiny_vae"
+    _optional_components = ["tiny_vae"]
     _callback_tensor_inputs = ["latents", "category_embeds", "mask", "masked_image_latents"]
 
     def __init__(
@@ -105,9 +109,10 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         default_paste: str | None = "exact",
         default_guidance_start: float = 0.0,
         default_detail: str | None = "enlarged",
+        tiny_vae: AutoencoderTiny | None = None,
     ):
         super().__init__()
-        self.register_modules(vae=vae, unet=unet, lcg_embedder=lcg_embedder, scheduler=scheduler)
+        self.register_modules(vae=vae, unet=unet, lcg_embedder=lcg_embedder, scheduler=scheduler, tiny_vae=tiny_vae)
         self.register_to_config(
             default_guidance_scale=default_guidance_scale,
             default_num_inference_steps=default_num_inference_steps,
@@ -133,7 +138,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         modules, options = cls._get_signature_keys(cls)
         shared = {name: component for name, component in pipeline.components.items() if name in modules}
         settings = {name: value for name, value in pipeline.config.items() if name in options}
-        missing = sorted(modules - (shared | kwargs).keys())
+        missing = sorted(modules - (shared | kwargs).keys() - set(cls._optional_components))
         if missing:
             raise ValueError(f"`pipeline` has no {', '.join(missing)}: pass what is missing as an argument.")
         new_pipeline = cls(**{**shared, **settings, **kwargs})
@@ -168,8 +173,8 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         """
         Does what makes the pipeline faster but takes away that it can be trained or saved; to undo it, load it again.
 
-        Folds the BatchNorm layers of [`MoebiusUNet2DModel`] and moves its upsampling to the small grid
-        ([`~MoebiusUNet2DModel.fuse_for_inference`]); the results stay the same but for rounding.
+        Folds the BatchNorm layers of [`MoebiusUNet2DModel`] and moves its upsampling to the small grid, as well as
+        that of an [`AutoencoderKL`]; the results stay the same but for rounding.
 
         Args:
             dtype (`torch.dtype`, *optional*): Casts the U-Net, for example to bfloat16 on a CPU that computes in it.
@@ -185,6 +190,7 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
         if hasattr(self.unet, "fuse_for_inference"):
             self.unet.fuse_for_inference()
         remove_fused_adapters(self.unet)
+        fuse_autoencoder(self.vae)
         if dtype is not None:
             self.unet.to(dtype)
         if compile:
@@ -577,7 +583,9 @@ class MoebiusInpaintPipeline(MoebiusLoraLoaderMixin, MoebiusLoaderMixin, Diffusi
                     for row, result in zip(rows, batch_latents):
                         results[row] = result
                     continue
-                for n, (row, decoded) in enumerate(zip(rows, decode_pictures(self.vae, batch_latents))):
+                for n, (row, decoded) in enumerate(
+                    zip(rows, decode_pictures(self.tiny_vae or self.vae, batch_latents))
+                ):
                     region = regions[row // num_images_per_prompt]
                     row_generator = batch_generator[n] if isinstance(batch_generator, list) else batch_generator
                     fill = add_detail(region.fill(decoded), region, detail, row_generator, device)

@@ -31,14 +31,6 @@ def add_lora_arguments(parser: argparse.ArgumentParser, rank: int | None) -> Non
     )
 
 
-def check_lora_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program with a message that names the option if its value cannot be."""
-    if args.rank is not None and args.rank < 1:
-        parser.error(f"`--rank` must be at least 1, but is {args.rank}")
-    if not 0 <= args.lora_dropout < 1:
-        parser.error(f"`--lora_dropout` must be from 0 to below 1, but is {args.lora_dropout}")
-
-
 def find_target_modules(unet: nn.Module, names: list[str] | None) -> list[str]:
     """The names, of those given or else of the default ones, in which names of layers of the model end."""
     found = {name: [] for name in names or TARGET_MODULES}
@@ -72,6 +64,11 @@ def add_adapter(args: argparse.Namespace, unet: nn.Module) -> None:
         init_lora_weights="gaussian",
     )
     unet.add_adapter(config)
+
+
+def has_adapter(unet: nn.Module) -> bool:
+    """Whether a U-Net has one."""
+    return bool(getattr(unet, "peft_config", None))
 
 
 def _adapter_weights(unet: nn.Module) -> dict:

@@ -56,7 +56,6 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--cache_masks_per_picture", type=int, default=3, help="holes that the cache has of each crop")
     add("--cache_crops_per_picture", type=int, default=1, help="crops that the cache has of each picture")
-    add("--cache_only", action="store_true", help="fill the cache and stop")
     add("--foreground_probability", type=float, default=0.1, help="share of samples that train the foreground tokens")
 
 
@@ -77,12 +76,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stream_shards", action="store_true", help="stream local shards too, instead of indexing them first")
     add("--shuffle_buffer_size", type=int, default=1000, help="samples that each reader of a stream shuffles")
     add("--resolution", type=int, default=512, help="side of a crop in pixels")
-    add(
-        "--random_flip",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="mirror half of the crops",
-    )
+    add("--random_flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the crops")
     add(
         "--mask_presets",
         nargs="+",
@@ -185,11 +179,13 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """Ends the program with a message that names the option if values do not fit together."""
     least = dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "max_train_steps"), 1)
     least |= dict.fromkeys(("checkpointing_steps", "validation_steps", "logging_steps"), 1)
-    least |= dict.fromkeys(("checkpoints_total_limit", "max_train_samples", "num_train_epochs"), 1)
+    least |= dict.fromkeys(("checkpoints_total_limit", "max_train_samples", "num_train_epochs", "rank"), 1)
     for name, smallest in least.items():
         value = getattr(args, name, None)
         if value is not None and value < smallest:
             parser.error(f"`--{name}` must be at least {smallest}, but is {value}")
+    if not 0 <= getattr(args, "lora_dropout", 0) < 1:
+        parser.error(f"`--lora_dropout` must be from 0 to below 1, but is {args.lora_dropout}")
     if args.use_8bit_adam and args.optimizer != "adamw":
         parser.error("`--use_8bit_adam` needs `--optimizer adamw`")
     if args.lr_milestones and sorted(set(args.lr_milestones)) != args.lr_milestones:

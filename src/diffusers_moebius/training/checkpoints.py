@@ -33,18 +33,14 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
         ValueError: If the folder does not exist.
     """
     if resume_from_checkpoint == "latest":
-        found = list_checkpoints(output_dir)
-        return found[-1] if found else None
-    folder = Path(resume_from_checkpoint)
-    if not folder.is_dir():
-        folder = output_dir / resume_from_checkpoint  # a bare name, as diffusers' examples take it
-    if not folder.is_dir():
-        raise ValueError(
-            f"`resume_from_checkpoint` must be a folder or `latest`, but {resume_from_checkpoint!r} is neither, nor is"
-            f" there one of that name in {str(output_dir)!r}."
-        )
-    checkpoint_step(folder)
-    return folder
+        return next(reversed(list_checkpoints(output_dir)), None)
+    for folder in (Path(resume_from_checkpoint), output_dir / resume_from_checkpoint):
+        if folder.is_dir():
+            return folder
+    raise ValueError(
+        f"`resume_from_checkpoint` must be a folder or `latest`, but {resume_from_checkpoint!r} is neither, nor is"
+        f" there one of that name in {str(output_dir)!r}."
+    )
 
 
 def partial_checkpoint(output_dir: Path, step: int) -> Path:
@@ -64,14 +60,11 @@ def complete_checkpoint(partial: Path, total_limit: int | None) -> Path:
     if target.exists():
         _remove(target)
     partial.rename(target)
-    if total_limit is not None:
-        for old in list_checkpoints(target.parent)[:-total_limit]:
-            _remove(old)
+    for old in list_checkpoints(target.parent)[: -total_limit if total_limit else 0]:
+        _remove(old)
     return target
 
 
 def _remove(checkpoint: Path) -> None:
     # Out of the way first: deleting takes time, and half a folder must not look like a whole one.
-    doomed = checkpoint.with_name(f"partial-old-{checkpoint_step(checkpoint)}")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"partial-old-{checkpoint_step(checkpoint)}")))

@@ -4,44 +4,41 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from .masks import random_mask
-from .picture_sources import CATEGORIES, Picture, PictureReader
+from .picture_sources import CATEGORIES, Picture, Record, read_picture
 
 CROP_SCALE = (0.35, 1.0)
 CACHE_UNIT = 100  # pictures in a shard of a latent cache
-BOX_TRIES = 10  # at a crop that shows a part of the picture's own mask
 
 
 def random_box(
-    size: tuple[int, int], generator: np.random.Generator, scale: tuple[float, float] = CROP_SCALE
+    size: tuple[int, int],
+    generator: np.random.Generator,
+    scale: tuple[float, float] = CROP_SCALE,
+    mask: np.ndarray | None = None,
 ) -> tuple[int, int, int]:
-    """Left, top and side of a square inside a picture; `scale` is its area, as a share of the largest that fits."""
+    """
+    Left, top and side of a square inside a picture.
+
+    Args:
+        size (`tuple[int, int]`): Width and height of the picture.
+        generator (`np.random.Generator`): Source of randomness.
+        scale (`tuple[float, float]`, defaults to `(0.35, 1.0)`): Its area, as a share of the largest that fits.
+        mask (`np.ndarray` of shape `[H, W]` and dtype bool, *optional*): It shows one of the pixels that this marks.
+    """
     side = max(1, round(min(size) * math.sqrt(generator.uniform(*scale))))
-    left = int(generator.integers(0, size[0] - side, endpoint=True))
-    top = int(generator.integers(0, size[1] - side, endpoint=True))
-    return left, top, side
-
-
-def box_with_mask(
-    mask: np.ndarray, generator: np.random.Generator, scale: tuple[float, float] = CROP_SCALE
-) -> tuple[int, int, int]:
-    """A [`random_box`] that shows a part of the picture's mask `[H, W]`, which is not empty."""
-    height, width = mask.shape
-    for _ in range(BOX_TRIES):
-        left, top, side = random_box((width, height), generator, scale)
-        if mask[top : top + side, left : left + side].any():
-            return left, top, side
-    # A small object in a large picture: move the square to where one of its pixels is in the middle.
-    rows, columns = np.nonzero(mask)
-    pixel = int(generator.integers(len(rows)))
-    left = min(max(0, int(columns[pixel]) - side // 2), width - side)
-    top = min(max(0, int(rows[pixel]) - side // 2), height - side)
+    lowest, highest = (0, 0), (size[0] - side, size[1] - side)
+    if mask is not None:
+        marked = np.flatnonzero(mask)
+        pixel = divmod(int(marked[generator.integers(len(marked))]), size[0])[::-1]
+        lowest = [max(0, place - side + 1) for place in pixel]
+        highest = [min(place, last) for place, last in zip(pixel, highest)]
+    left, top = (int(generator.integers(low, high, endpoint=True)) for low, high in zip(lowest, highest))
     return left, top, side
 
 
@@ -131,11 +128,7 @@ class Cropper:
         # As the release trains: a background sample has a random mask half of the time and its own otherwise.
         if own is not None and category == CATEGORIES["background"] and generator.random() < 0.5:
             own = None
-        size, side = picture.image.size, self.resolution
-        if own is None:
-            box = random_box(size, generator, self.crop_scale)
-        else:
-            box = box_with_mask(own, generator, self.crop_scale)
+        side, box = self.resolution, random_box(picture.image.size, generator, self.crop_scale, own)
         flip = generator.random() < 0.5 and self.random_flip
         corners = (box[0], box[1], box[0] + box[2], box[1] + box[2])
         image = picture.image.resize((side, side), Image.Resampling.LANCZOS, box=corners)
@@ -166,24 +159,19 @@ class PictureDataset(torch.utils.data.Dataset):
     An index beyond the number of pictures means another epoch: the same picture with other crops and holes.
 
     Args:
-        reader ([`PictureReader`]): Where the pictures come from.
+        records (`list[Record]`): The pictures.
         cropper ([`Cropper`]): Cuts them.
     """
 
-    def __init__(self, reader: PictureReader, cropper: Cropper):
-        self.reader, self.cropper = reader, cropper
+    def __init__(self, records: list[Record], cropper: Cropper):
+        self.records, self.cropper = records, cropper
+        self.objects = [record for record in records if record.category == CATEGORIES["foreground"]]
 
     def __len__(self) -> int:
-        return len(self.reader)
-
-    @property
-    def description(self) -> str:
-        """How much there is, for caches."""
-        return f"{len(self):,} pictures"
+        return len(self.records)
 
     def _object_mask(self, generator: np.random.Generator) -> np.ndarray | None:
-        index = self.reader.object_indices[int(generator.integers(len(self.reader.object_indices)))]
-        picture = self.reader.read_picture(index)
+        picture = read_picture(self.objects[int(generator.integers(len(self.objects)))])
         if picture is None:
             return None
         size = (self.cropper.resolution,) * 2
@@ -192,12 +180,10 @@ class PictureDataset(torch.utils.data.Dataset):
     def crop(self, index: int, num_masks: int) -> Crop | None:
         """A crop with so many masks; `None` for an unreadable file."""
         epoch, index = divmod(index, len(self))
-        picture = self.reader.read_picture(index)
+        picture = read_picture(self.records[index])
         if picture is None:
             return None
-        return self.cropper(
-            picture, (epoch, index), num_masks, self._object_mask if self.reader.object_indices else None
-        )
+        return self.cropper(picture, (epoch, index), num_masks, self._object_mask if self.objects else None)
 
     def __getitem__(self, index: int) -> dict:
         epoch, first = divmod(index, len(self))
@@ -206,8 +192,8 @@ class PictureDataset(torch.utils.data.Dataset):
         for other in (first, *((start + offset) % len(self) for offset in range(len(self)))):
             if (crop := self.crop(epoch * len(self) + other, 1)) is not None:
                 return crop.sample(skipped)
-            if self.reader.records[other].name not in skipped:
-                skipped.append(self.reader.records[other].name)
+            if self.records[other].name not in skipped:
+                skipped.append(self.records[other].name)
         raise_unreadable(len(self), skipped)
 
     # What a latent cache is built from: units that are done as a whole.
@@ -215,9 +201,9 @@ class PictureDataset(torch.utils.data.Dataset):
     def num_cache_units(self) -> int:
         return -(-len(self) // CACHE_UNIT)
 
-    def cache_unit(self, unit: int, epoch: int, num_masks: int) -> Iterator[partial]:
+    def cache_unit(self, unit: int, epoch: int, num_masks: int) -> Iterator[Crop | None]:
         for index in range(unit * CACHE_UNIT, min((unit + 1) * CACHE_UNIT, len(self))):
-            yield partial(self.crop, epoch * len(self) + index, num_masks)
+            yield self.crop(epoch * len(self) + index, num_masks)
 
 
 def raise_unreadable(number: int, skipped: Sequence[str]) -> None:

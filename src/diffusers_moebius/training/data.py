@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .crops import CROP_SCALE, Cropper, PictureDataset
 from .latent_cache import LatentCacheDataset, build_latent_cache
-from .picture_sources import PictureReader, expand_shards, is_url, load_hub_table
+from .picture_sources import expand_shards, is_url, list_pictures, read_metadata, read_table
 from .shard_streams import StreamedPictureDataset
 
 logger = logging.getLogger(__name__)
@@ -161,14 +161,10 @@ def open_pictures(
             )
         shards = [path for shard in shards for path in expand_shards(shard)]
         return StreamedPictureDataset(shards, cropper, args.shuffle_buffer_size, process_index, num_processes)
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise ValueError(f"`train_data_dir` must be folders, but {str(folder)!r} is none.")
-    table = None
+    records = list_pictures([*folders, *shards]) + [record for path in metadata for record in read_metadata(path)]
     if args.dataset_name:
-        table = load_hub_table(args.dataset_name, args.dataset_config_name, args.dataset_split, args.image_column)
-    reader = PictureReader([*folders, *shards], metadata, table, args.image_column, args.max_train_samples)
-    return PictureDataset(reader, cropper)
+        records += read_table(args.dataset_name, args.dataset_config_name, args.dataset_split, args.image_column)
+    return PictureDataset(records[: args.max_train_samples], cropper)
 
 
 def build_dataset(args: argparse.Namespace, vae: nn.Module, accelerator: Accelerator):

@@ -7,8 +7,9 @@ from diffusers import DDIMScheduler
 from torch import nn
 
 from ..models.latent_categories import LatentCategoriesEmbedder
-from ..pipelines.latents import decode_latents, predicted_clean_latents
+from ..pipelines.latents import decode_latents
 from ..pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
+from .objective import clean_of
 
 
 class ConditionedDenoiser(nn.Module):
@@ -46,15 +47,8 @@ class DecodingDenoiser(ConditionedDenoiser):
     def forward(self, sample: torch.Tensor, timesteps: torch.Tensor, category_ids: torch.Tensor, **kwargs):
         """Returns the U-Net's output with `pictures` `[B, 3, H, W]`, the decoded clean latents that it implies."""
         output = super().forward(sample, timesteps, category_ids, **kwargs)
-        prediction = output.sample.float()
-        clean = predicted_clean_latents(
-            prediction,
-            sample[:, : prediction.shape[1]],
-            timesteps,
-            self.noise_schedule.alphas_cumprod,
-            self.noise_schedule.config.prediction_type,
-        )
-        output["pictures"] = decode_latents(self.vae, clean)
+        noisy = sample[:, : output.sample.shape[1]]
+        output["pictures"] = decode_latents(self.vae, clean_of(output.sample, noisy, timesteps, self.noise_schedule))
         return output
 
 

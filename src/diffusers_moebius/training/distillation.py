@@ -1,6 +1,6 @@
 """Losses of the distillation from PixelHacker and their adaptive balance (paper, section 3.4, equations 4 and 5)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,9 +20,7 @@ def distillation_losses(
     clean_latents: torch.Tensor,
     student_clean_latents: torch.Tensor,
     perceptual_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    use_coarse: bool = True,
-    use_fine: bool = True,
-    use_task: bool = True,
+    names: Sequence[str] = ("coarse", "fine", "task"),
     weight: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
@@ -35,9 +33,8 @@ def distillation_losses(
         clean_latents (`torch.Tensor` of shape `[B, C, H, W]`): The true latents.
         student_clean_latents (`torch.Tensor` of shape `[B, C, H, W]`): See [`predicted_clean_latents`].
         perceptual_loss (`Callable`, *optional*): Maps two batches of latents to `[B]`; left out by default.
-        use_coarse (`bool`, defaults to `True`): Compare features of student and teacher.
-        use_fine (`bool`, defaults to `True`): Compare predictions of student and teacher.
-        use_task (`bool`, defaults to `True`): Compare the prediction with its target.
+        names (sequence of `str`, defaults to all): `coarse` compares features of student and teacher, `fine` their
+            predictions, `task` the prediction with its target.
         weight (`torch.Tensor` of shape `[B, 1, H, W]`, *optional*): Weight of the squared errors of `task` and `fine`;
             the paper has none.
 
@@ -53,7 +50,7 @@ def distillation_losses(
         return (error if weight is None else weight * error).mean()
 
     losses = {}
-    if use_coarse:
+    if "coarse" in names:
         student, teacher = student_output.hidden_states[STUDENT_BLOCK], teacher_output.hidden_states[TEACHER_BLOCK]
         if student.shape != teacher.shape:
             raise ValueError(
@@ -61,9 +58,9 @@ def distillation_losses(
                 f" `teacher_output` {list(teacher.shape)}."
             )
         losses["coarse"] = F.mse_loss(student.float(), teacher.float())
-    if use_task:
+    if "task" in names:
         losses["task"] = squared_error(student_output.sample, target)
-    if use_fine:
+    if "fine" in names:
         losses["fine"] = squared_error(student_output.sample, teacher_output.sample)
     if perceptual_loss is not None:
         losses["perceptual"] = perceptual_loss(student_clean_latents, clean_latents).mean()
@@ -109,8 +106,7 @@ class AdaptiveBalance:
       1e4, `w_C` by the task loss alone, and every loss times its factor in `RELEASE_FACTORS`.
 
     Args:
-        theta_fine (`torch.nn.Parameter`): θ_F.
-        theta_coarse (`torch.nn.Parameter`): θ_C.
+        unet ([`MoebiusUNet2DModel`]): The student.
         mode (`str`, defaults to `"paper"`): Or `"release"`.
         reduce (`Callable`, *optional*): Averages a gradient over processes, so that all of them weigh alike.
 
@@ -118,26 +114,13 @@ class AdaptiveBalance:
         ValueError: If `mode` is unknown.
     """
 
-    def __init__(
-        self,
-        theta_fine: torch.nn.Parameter,
-        theta_coarse: torch.nn.Parameter,
-        mode: str = "paper",
-        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ):
+    def __init__(self, unet, mode: str = "paper", reduce: Callable[[torch.Tensor], torch.Tensor] | None = None):
         if mode not in BALANCES:
             raise ValueError(f"`mode` must be one of {', '.join(BALANCES)}, but is {mode!r}.")
-        self.theta_fine = theta_fine
-        self.theta_coarse = theta_coarse
+        self.theta_fine = (unet.conv_out.conv_pw if hasattr(unet.conv_out, "conv_pw") else unet.conv_out).weight
+        self.theta_coarse = unet.down_blocks[STUDENT_BLOCK].attentions[-1].proj_out.weight
         self.mode = mode
         self.reduce = reduce or (lambda gradient: gradient)
-
-    @classmethod
-    def of_student(cls, unet, mode: str = "paper", reduce=None) -> "AdaptiveBalance":
-        """The balance at the two weights that the paper names, of a [`MoebiusUNet2DModel`]."""
-        projection = unet.down_blocks[STUDENT_BLOCK].attentions[-1].proj_out
-        head = unet.conv_out.conv_pw if hasattr(unet.conv_out, "conv_pw") else unet.conv_out
-        return cls(head.weight, projection.weight, mode, reduce)
 
     def _gradient_norm(self, loss: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
         (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True)

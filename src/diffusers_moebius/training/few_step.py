@@ -5,8 +5,6 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch import nn
 
-from ..pipelines.latents import predicted_clean_latents
-
 
 def solver_timesteps(num_solver_steps: int, num_train_timesteps: int = 1000) -> list[int]:
     """
@@ -19,6 +17,25 @@ def solver_timesteps(num_solver_steps: int, num_train_timesteps: int = 1000) -> 
         raise ValueError(f"`num_solver_steps` must divide {num_train_timesteps}, but is {num_solver_steps}.")
     interval = num_train_timesteps // num_solver_steps
     return list(range(interval - 1, num_train_timesteps, interval))
+
+
+def phase_ends(timesteps: torch.Tensor, num_phases: int, num_train_timesteps: int = 1000) -> torch.Tensor:
+    """
+    Where the phases end in which timesteps lie; below 0 is without noise.
+
+    A sampler of `num_phases` steps begins each of its steps at the end of a phase (arXiv 2405.18407, section 3.2): the
+    student learns to go from anywhere in a phase to its end, and so goes along the teacher's path in all its steps.
+
+    Args:
+        timesteps (`torch.Tensor` of shape `[B]`): Timesteps.
+        num_phases (`int`): Phases of equal length; a divisor of `num_train_timesteps`.
+        num_train_timesteps (`int`, defaults to 1000): Length of the noise schedule.
+
+    Returns:
+        `torch.Tensor` of shape `[B]`.
+    """
+    length = num_train_timesteps // num_phases
+    return timesteps // length * length - 1
 
 
 def guided_prediction(
@@ -86,11 +103,11 @@ def consistency_loss(
     clean_latents: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, huber_c: float | None = 0.001
 ) -> torch.Tensor:
     """
-    How far what the student makes of a point is from what it makes of the point one solver step earlier.
+    How far from each other the student ends from a point and from the point one solver step earlier.
 
     Args:
-        clean_latents (`torch.Tensor` of shape `[B, C, h, w]`): The student's, at the later point.
-        target (`torch.Tensor` of shape `[B, C, h, w]`): The student's at the earlier point, without gradient.
+        clean_latents (`torch.Tensor` of shape `[B, C, h, w]`): Where it ends from the later point.
+        target (`torch.Tensor` of shape `[B, C, h, w]`): Where it ends from the earlier point, without gradient.
         weight (`torch.Tensor` of shape `[B, 1, h, w]`): What each place counts, 1 on average.
         huber_c (`float`, *optional*, defaults to 0.001): Of the pseudo-Huber distance; `None` is the squared error.
 
@@ -184,10 +201,3 @@ def few_step_scheduler(scheduler) -> DDIMScheduler:
     With what such a model predicts it goes along the teacher's path, which a scheduler that noises anew leaves.
     """
     return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", clip_sample=False)
-
-
-def clean_of(prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor, schedule) -> torch.Tensor:
-    """[`predicted_clean_latents`] by the noise schedule of a scheduler."""
-    return predicted_clean_latents(
-        prediction.float(), noisy, timesteps, schedule.alphas_cumprod, schedule.config.prediction_type
-    )

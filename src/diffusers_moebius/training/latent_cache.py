@@ -46,8 +46,8 @@ def hole_at_latent_size(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor
 
 def _encode_unit(vae, unit, seed_name: str) -> dict[str, torch.Tensor]:
     shard = {"latents": [], "masked_latents": [], "masks": [], "categories": []}
-    for position, read in enumerate(unit):
-        if (crop := read()) is None:
+    for position, crop in enumerate(unit):
+        if crop is None:
             continue
         pixels, masks = crop.pixels.to(vae.device), crop.masks.to(vae.device)
         # A cache that was interrupted is the same as one that was not, where a posterior is sampled too.
@@ -100,7 +100,7 @@ def build_latent_cache(
         "seed": dataset.cropper.seed,
         "mask_presets": list(dataset.cropper.mask_presets),
         "masks_per_picture": masks_per_picture,
-        "source": dataset.description,
+        "pictures": len(dataset) if hasattr(dataset, "__len__") else "a stream",
         "shards": len(jobs),
     }
     settings_file = cache_dir / "cache.json"

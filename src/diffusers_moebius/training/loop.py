@@ -18,12 +18,13 @@ from accelerate.utils import DistributedType, ProjectConfiguration, gather_objec
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from .batch_norm import set_train_mode
 from .checkpoints import checkpoint_step, complete_checkpoint, find_checkpoint, partial_checkpoint
 from .data import TrainingBatches
 from .objective import sample_generators
+from .optimizers import build_lr_scheduler, build_optimizer
 
 logger = logging.getLogger(__name__)
 # So many steps without a finite loss end a run: it does not come back from there.
@@ -36,25 +37,8 @@ class TrainingLoop:
     """
     The loop of a training script.
 
-    ```py
-    loop = TrainingLoop(args, "my-project")
-    model, optimizer, lr_scheduler = loop.prepare(model, optimizer, lr_scheduler, save_parts)
-    for batch, generators in loop.batches(dataset):
-        with loop.accumulate():
-            loss = ...
-            if loop.is_finite(loss):
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(loop.trained_parameters, args.max_grad_norm)
-                    if loop.may_step(norm):
-                        optimizer.step()
-        loop.end_batch({"loss": loss})
-        if loop.is_due(args.validation_steps):
-            ...
-    ```
-
-    What is the same for all scripts is here: batches and their randomness, learning rate, average of the weights,
-    logs, checkpoints, signals.
+    A script has the step in its own text, see `training/train_lora.py`. What is the same for all is here: optimiser,
+    learning rate, batches and their randomness, average of the weights, logs, checkpoints, signals.
 
     A step whose loss or gradient is not finite in any process is skipped in all of them: the weights, their average
     and BatchNorm's statistics stay as they were. After ten of them in a row the run ends with a checkpoint of that
@@ -124,21 +108,21 @@ class TrainingLoop:
     def finished(self) -> bool:
         return self.step >= self.args.max_train_steps
 
-    def prepare(self, model: nn.Module, optimizer, lr_scheduler, save_parts: Callable[[nn.Module, Path], None]):
+    def prepare(self, model: nn.Module, save_parts: Callable[[Path], None]) -> tuple[nn.Module, torch.optim.Optimizer]:
         """
         Wraps what is trained for the processes, and goes on from a checkpoint if that is asked for.
 
         Args:
             model (`torch.nn.Module`): One module with all that is trained.
-            optimizer: Its optimiser.
-            lr_scheduler: Its schedule, counted in steps of the run.
-            save_parts (callable): Writes the bare model (with averaged weights, if there are any) into a checkpoint
-                folder, ready to be used.
+            save_parts (callable): Writes it (with averaged weights, if there are any) into a checkpoint folder, ready
+                to be used.
 
         Returns:
-            The model to call, the optimiser and the schedule.
+            The model to call and its optimiser.
         """
         args = self.args
+        optimizer = build_optimizer(args, model, self.accelerator.device, self.accelerator.num_processes)
+        lr_scheduler = build_lr_scheduler(args, optimizer)
         if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, lr_scheduler)
@@ -160,7 +144,7 @@ class TrainingLoop:
         if self.is_main:
             self._open_log()
         self._remember_buffers()
-        return self.model, self.optimizer, self.lr_scheduler
+        return self.model, self.optimizer
 
     @property
     def bare_model(self) -> nn.Module:
@@ -178,6 +162,12 @@ class TrainingLoop:
     def load_state_dict(self, state: dict) -> None:
         self.skipped, self._data_states = state["skipped"], state.get("data")
 
+    def _set_train_mode(self) -> None:
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm) and self.args.freeze_batch_norm:
+                module.eval()
+
     def _with_generators(self, first_batch: int) -> Iterator[tuple[dict, list[torch.Generator]]]:
         """Batches on the device with the generators of their samples."""
         accelerator, size = self.accelerator, self.args.train_batch_size
@@ -189,7 +179,7 @@ class TrainingLoop:
     def batches(self, dataset) -> Iterator[tuple[dict, list[torch.Generator]]]:
         """Yields batches with the generators of their samples until all steps are done or a stop is requested."""
         args = self.args
-        set_train_mode(self.model, args.freeze_batch_norm)
+        self._set_train_mode()
         self._progress = tqdm(initial=self.step, total=args.max_train_steps, disable=not self.is_main, mininterval=10)
         with self._progress, self._stopping_at_signals():
             first_batch = self.step * args.gradient_accumulation_steps
@@ -377,8 +367,8 @@ class TrainingLoop:
         self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            with self.averaged_weights() as model:
-                self.save_parts(model, partial)
+            with self.averaged_weights():
+                self.save_parts(partial)
             logger.info("wrote %s", complete_checkpoint(partial, self.args.checkpoints_total_limit))
         self.accelerator.wait_for_everyone()
 
@@ -390,7 +380,7 @@ class TrainingLoop:
             try:
                 yield model
             finally:
-                set_train_mode(self.model, self.args.freeze_batch_norm)
+                self._set_train_mode()
 
     def log_images(self, images: dict, step: int) -> None:
         """Sends pictures (PIL) to the trackers that take some."""

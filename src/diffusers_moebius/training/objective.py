@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..pipelines.latents import predicted_clean_latents
 from .latent_cache import hole_at_latent_size, mask_to_latent_size
 
 
@@ -48,6 +49,13 @@ def sample_timesteps(args: argparse.Namespace, generators: list[torch.Generator]
     else:
         timesteps = (uniform ** (1 / args.timestep_bias) * (last + 1)).long().clamp(max=last)
     return timesteps.where(pure_noise >= args.last_timestep_probability, torch.tensor(last))
+
+
+def clean_of(prediction: torch.Tensor, noisy: torch.Tensor, timesteps: torch.Tensor, schedule) -> torch.Tensor:
+    """[`predicted_clean_latents`] by the noise schedule of a scheduler."""
+    return predicted_clean_latents(
+        prediction.float(), noisy, timesteps, schedule.alphas_cumprod, schedule.config.prediction_type
+    )
 
 
 @dataclass

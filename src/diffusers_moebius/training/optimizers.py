@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
-from torch.optim.adamw import adamw
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -35,7 +34,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if transposed else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.AdamW):
     """
     Muon for matrices and kernels, AdamW for everything else, in one optimiser with one state dict.
 
@@ -48,10 +47,9 @@ class Muon(torch.optim.Optimizer):
         lr (`float`, defaults to 2e-4): Learning rate of both kinds.
         weight_decay (`float`, defaults to 0.1): Decoupled weight decay.
         momentum (`float`, defaults to 0.95): Nesterov momentum of the Muon part.
-        betas (`tuple[float, float]`, defaults to `(0.9, 0.95)`): Of the AdamW part.
-        eps (`float`, defaults to 1e-8): Of the AdamW part.
         ns_steps (`int`, defaults to 5): Newton–Schulz iterations.
         ns_dtype (`torch.dtype`, defaults to `torch.bfloat16`): Type in which the matrices are orthogonalised.
+        kwargs: `betas` and `eps` of the AdamW part.
 
     Formula: the update of a matrix is `0.2 sqrt(max(rows, columns))` times the orthogonalised momentum (Moonlight,
     arXiv 2502.16982, section 2.2), where rows and columns are the first two dimensions of the parameter.
@@ -63,37 +61,26 @@ class Muon(torch.optim.Optimizer):
         lr: float = 2e-4,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
         ns_steps: int = 5,
         ns_dtype: torch.dtype = torch.bfloat16,
+        **kwargs,
     ):
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "betas": betas,
-            "eps": eps,
-            "ns_steps": ns_steps,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, lr=lr, weight_decay=weight_decay, **({"betas": (0.9, 0.95)} | kwargs))
         self.ns_dtype = ns_dtype
         for group in self.param_groups:
             if "use_muon" not in group:
                 raise ValueError("`params` must be groups with `use_muon` set; `muon_parameter_groups` makes them.")
+            group.update(momentum=momentum, ns_steps=ns_steps)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["use_muon"]]
+        loss = super().step(closure)
+        self.param_groups = groups
+        for group in groups:
             if group["use_muon"]:
-                self._muon_step(group, parameters)
-            else:
-                self._adamw_step(group, parameters)
+                self._muon_step(group, [parameter for parameter in group["params"] if parameter.grad is not None])
         return loss
 
     def _muon_step(self, group: dict, parameters: list[nn.Parameter]) -> None:
@@ -103,6 +90,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
+                state["step"] = torch.zeros(())  # not counted: AdamW wants one in every state that it loads
             buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(parameter.grad)
             update = parameter.grad.add(buffer, alpha=group["momentum"])
             by_shape[parameter.shape].append((parameter, update.flatten(1)))
@@ -114,62 +102,31 @@ class Muon(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.view(shape).to(parameter.dtype), alpha=-group["lr"] * scale)
 
-    def _adamw_step(self, group: dict, parameters: list[nn.Parameter]) -> None:
-        for parameter in parameters:
-            state = self.state[parameter]
-            if "step" not in state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
-
-def muon_parameter_groups(modules: dict[str, nn.Module], exclude: tuple[str, ...] = ("conv_in", "conv_out")) -> list:
+def muon_parameter_groups(model: nn.Module) -> list:
     """
-    Sorts the trainable parameters of models into a Muon and an AdamW group.
+    Sorts the trainable parameters of a model into a Muon and an AdamW group.
 
     Args:
-        modules (`dict[str, nn.Module]`): Models by name.
-        exclude (`tuple[str, ...]`, defaults to `("conv_in", "conv_out")`): Children of a model whose matrices go to
-            AdamW. Embedding tables always do.
+        model (`torch.nn.Module`): Its matrices go to Muon, but for those of `conv_in` and `conv_out` and the tables
+            of embeddings.
 
     Returns:
         `list` of two parameter groups for [`Muon`].
     """
-    muon, adamw = [], []
-    for model in modules.values():
-        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            is_matrix = parameter.ndim >= 2 and id(parameter) not in tables and name.split(".")[0] not in exclude
-            (muon if is_matrix else adamw).append(parameter)
-    return [
-        group
-        for group in ({"params": muon, "use_muon": True}, {"params": adamw, "use_muon": False})
-        if group["params"]
-    ]
+    groups = {True: [], False: []}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            at_the_end = not {"conv_in", "conv_out"}.isdisjoint(name.split("."))
+            groups[parameter.ndim >= 2 and id(parameter) not in tables and not at_the_end].append(parameter)
+    return [{"params": params, "use_muon": use_muon} for use_muon, params in groups.items() if params]
 
 
 def build_optimizer(
-    args: argparse.Namespace, modules: dict[str, nn.Module], device: torch.device, num_processes: int = 1
+    args: argparse.Namespace, model: nn.Module, device: torch.device, num_processes: int = 1
 ) -> torch.optim.Optimizer:
-    """The optimiser of the trainable parameters of models by name."""
+    """The optimiser of a model's trainable parameters."""
     learning_rate = args.learning_rate
     if args.scale_lr:
         learning_rate *= num_processes * args.gradient_accumulation_steps * args.train_batch_size
@@ -182,8 +139,8 @@ def build_optimizer(
     if args.optimizer == "muon":
         # Orthogonalising in bfloat16 is slower than in float32 where the processor has to emulate it.
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        return Muon(muon_parameter_groups(modules), ns_dtype=dtype, **options)
-    parameters = [weight for module in modules.values() for weight in module.parameters() if weight.requires_grad]
+        return Muon(muon_parameter_groups(model), ns_dtype=dtype, **options)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if args.use_8bit_adam:
         try:
             import bitsandbytes

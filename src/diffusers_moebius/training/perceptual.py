@@ -1,6 +1,7 @@
 """LPIPS: how different two pictures, or the latents of two, look, measured in the features of a classifier."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
@@ -191,26 +192,6 @@ class ELatentLPIPSLoss(nn.Module):
         return self.metric(latents, target, **options).flatten()
 
 
-class DecodedLPIPS(nn.Module):
-    """
-    LPIPS of the pictures that latents decode to: slower than [`ELatentLPIPSLoss`], but with any autoencoder.
-
-    Args:
-        vae (`AutoencoderKL` or `AutoencoderTiny`): Decodes the latents; a small one will do.
-        lpips ([`LPIPS`]): Compares the pictures.
-    """
-
-    def __init__(self, vae: nn.Module, lpips: LPIPS):
-        super().__init__()
-        self.vae, self.lpips = vae, lpips
-
-    def forward(self, latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Compares scaled latents `[B, C, h, w]`; returns `[B]`."""
-        with torch.no_grad():
-            target_pictures = decode_latents(self.vae, target)
-        return self.lpips(decode_latents(self.vae, latents), target_pictures)
-
-
 def check_perceptual_loss(args: argparse.Namespace) -> None:
     """Raises the error of a perceptual loss whose package is missing, before anything large is loaded."""
     if args.perceptual_loss != "elatentlpips":
@@ -225,11 +206,13 @@ def check_perceptual_loss(args: argparse.Namespace) -> None:
         ) from error
 
 
-def build_perceptual_loss(args: argparse.Namespace, vae: nn.Module, device: torch.device) -> nn.Module | None:
-    """The perceptual loss that the arguments of a distillation name, of latents of a student's autoencoder."""
+def build_perceptual_loss(args: argparse.Namespace, vae: nn.Module, device: torch.device) -> Callable | None:
+    """The perceptual loss that the arguments of a distillation name: of two batches of scaled latents, `[B]`."""
     if args.perceptual_loss == "none":
         return None
     if args.perceptual_loss == "elatentlpips":
         return ELatentLPIPSLoss(args.perceptual_encoder, add_l1_loss=args.balance == "release").to(device)
-    decoder = load_vae(args.lpips_vae).requires_grad_(False) if args.lpips_vae else vae
-    return DecodedLPIPS(decoder, LPIPS.from_pretrained(args.lpips_weights)).to(device)
+    # Slower than E-LatentLPIPS, but with any autoencoder: compares what the latents decode to. A small one will do.
+    decoder = load_vae(args.lpips_vae).requires_grad_(False).to(device) if args.lpips_vae else vae
+    lpips = LPIPS.from_pretrained(args.lpips_weights).to(device)
+    return lambda latents, target: lpips(decode_latents(decoder, latents), decode_latents(decoder, target))

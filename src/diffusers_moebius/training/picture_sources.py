@@ -1,4 +1,4 @@
-"""Pictures with their masks and categories: from folders, tar shards, JSON lines and `datasets`, read by number."""
+"""Pictures with their masks and categories: from folders, tar shards, JSON lines and `datasets`."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,10 +19,6 @@ MASK_SUFFIX = ".mask.png"
 CATEGORIES = {"background": 0, "foreground": 1}
 NO_CATEGORY = -1
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-class MaskError(Exception):
-    """A mask that can be read and does not fit: a mistake in the data that skipping would hide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +37,26 @@ class FilePart:
 
 
 @dataclass(frozen=True, slots=True)
+class Cell:
+    """A picture in a table of `datasets`; where the data set is made of files, the table has their paths."""
+
+    table: Any
+    row: int
+    column: str
+
+    def read(self) -> bytes:
+        entry = self.table[self.row][self.column]
+        if entry is None:
+            raise ValueError("there is no picture")
+        return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
-    """One picture of a source, with what is said of it in a report."""
+    """One picture of a source, not read yet, with its name in reports."""
 
     name: str
-    picture: FilePart | bytes | int  # an int is the row of the `datasets` table
+    picture: FilePart | Cell | bytes
     mask: FilePart | bytes | None = None
     category: int = NO_CATEGORY
 
@@ -176,125 +188,70 @@ def read_metadata(path: str | Path) -> list[Record]:
     return records
 
 
-def load_hub_table(name: str, config_name: str | None, split: str, image_column: str):
-    """A split of a `datasets` data set whose pictures are left as bytes, so that each is decoded here."""
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"`dataset_name` {name!r} needs the package `datasets`: pip install 'diffusers-moebius[train]'."
-        ) from None
+def read_table(name: str, config_name: str | None, split: str, image_column: str) -> list[Record]:
+    """The pictures in a column of a `datasets` data set, as files: each is decoded where it is needed."""
+    import datasets
+
     table = datasets.load_dataset(name, config_name, split=split)
-    if image_column not in table.column_names:
-        raise ValueError(f"`image_column` must be one of {', '.join(table.column_names)}, but is {image_column!r}.")
-    if not isinstance(table.features[image_column], datasets.Image):
-        raise ValueError(
-            f"`image_column` must hold pictures, but {image_column!r} holds {table.features[image_column]}."
-        )
-    # In a data set made of files the bytes stay in the files, whose paths are in the table.
-    return table.cast_column(image_column, datasets.Image(decode=False))
+    kind = table.features.get(image_column)
+    if not isinstance(kind, datasets.Image):
+        raise ValueError(f"`image_column` must hold pictures, but {image_column!r} is {kind} of {table.column_names}.")
+    table = table.cast_column(image_column, datasets.Image(decode=False))
+    return [Record(f"row {row}", Cell(table, row, image_column)) for row in range(len(table))]
 
 
-def decode_record(record: Record, table=None, image_column: str = "image") -> Picture:
+def list_pictures(sources: Sequence[str | Path]) -> list[Record]:
+    """
+    The pictures of folders and shards, in a fixed order.
+
+    Args:
+        sources (sequence of `str` or `Path`): Folders (searched recursively), `.tar` shards, or patterns of them with
+            `*` or braces (`photos-{000..007}.tar`). In both, `KEY.mask.png` is no picture.
+
+    Raises:
+        ValueError: If a source does not exist, or none of them holds a picture.
+    """
+    records: list[Record] = []
+    for source in sources:
+        if Path(source).is_dir():
+            files = (file for file in sorted(Path(source).rglob("*")) if is_picture(file.name))
+            records += [Record(str(file), FilePart(file)) for file in files]
+        else:
+            records += [record for shard in expand_shards(source) for record in index_shard(shard)]
+    if sources and not records:
+        raise ValueError(f"`sources` must hold pictures ({', '.join(PICTURE_SUFFIXES)}), but {[*sources]} do not.")
+    return records
+
+
+def read_picture(record: Record) -> Picture | None:
     """
     Decodes a picture to RGB with its EXIF orientation applied, and its mask, where at least half bright is hole.
 
+    Returns:
+        [`Picture`], or `None` if one of the two cannot be read.
+
     Raises:
-        One of `UNREADABLE`: If the picture or its mask cannot be read.
-        MaskError: If the mask does not fit.
+        ValueError: If the mask can be read and does not fit: a mistake in the data that skipping would hide.
     """
 
-    def data_of(part) -> bytes:
-        if isinstance(part, int):
-            entry = table[part][image_column]
-            if entry is None:
-                raise ValueError("there is no picture")
-            return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
-        return part if isinstance(part, bytes) else part.read()
-
     def open_upright(part, mode: str) -> Image.Image:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(data_of(part)))).convert(mode)
+        file = io.BytesIO(part if isinstance(part, bytes) else part.read())
+        return ImageOps.exif_transpose(Image.open(file)).convert(mode)
 
-    image = open_upright(record.picture, "RGB")
-    if record.mask is None:
+    try:
+        image = open_upright(record.picture, "RGB")
+        mask = open_upright(record.mask, "L") if record.mask is not None else None
+    except UNREADABLE as error:
+        logger.warning("skipped, unreadable: %s: %s", record.name, error)
+        return None
+    if mask is None:
         return Picture(image, None, record.category)
-    mask = open_upright(record.mask, "L")
     if mask.size != image.size:
-        raise MaskError(
+        raise ValueError(
             f"`mask` must have the size of its picture, {image.width}×{image.height}, but is"
             f" {mask.width}×{mask.height} in {record.name}."
         )
     mask = np.asarray(mask) >= 128
     if not mask.any():
-        raise MaskError(f"`mask` must mark something, but is empty in {record.name}.")
+        raise ValueError(f"`mask` must mark something, but is empty in {record.name}.")
     return Picture(image, mask, record.category)
-
-
-class PictureReader:
-    """
-    Reads pictures by number, in a fixed order.
-
-    A file that is no readable picture is skipped: its name is logged, and counted in `skipped`. A mask of another size
-    than its picture is an error.
-
-    Args:
-        sources (sequence of `str` or `Path`, defaults to none): Folders (searched recursively), `.tar` shards, or
-            patterns of them with `*` or braces (`photos-{000..007}.tar`). In both, `KEY.mask.png` is no picture.
-        metadata (sequence of `str` or `Path`, defaults to none): Files of JSON lines, see [`read_metadata`].
-        table (`datasets.Dataset`, *optional*): See [`load_hub_table`].
-        image_column (`str`, defaults to `"image"`): The column of `table` with the pictures.
-        max_samples (`int`, *optional*): Only the first so many pictures.
-
-    Raises:
-        ValueError: If a source does not exist or there is no picture in any of them.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[str | Path] = (),
-        metadata: Sequence[str | Path] = (),
-        table=None,
-        image_column: str = "image",
-        max_samples: int | None = None,
-    ):
-        self.records: list[Record] = []
-        self.skipped: dict[str, int] = {}
-        self.table, self.image_column = table, image_column
-        for source in sources:
-            if Path(source).is_dir():
-                files = (file for file in sorted(Path(source).rglob("*")) if is_picture(file.name))
-                self.records += [Record(str(file), FilePart(file)) for file in files]
-            else:
-                self.records += [record for shard in expand_shards(source) for record in index_shard(shard)]
-        for path in metadata:
-            self.records += read_metadata(path)
-        if table is not None:
-            self.records += [Record(f"row {row}", row) for row in range(len(table))]
-        if not self.records:
-            raise ValueError(
-                f"`sources` must hold pictures ({', '.join(PICTURE_SUFFIXES)}), but {[*sources, *metadata]} do not."
-            )
-        self.records = self.records[:max_samples]
-        foreground = CATEGORIES["foreground"]
-        self.object_indices = [index for index, record in enumerate(self.records) if record.category == foreground]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def read_picture(self, index: int) -> Picture | None:
-        """Reads the picture of a number with its mask and category; `None` if one of them is unreadable."""
-        record = self.records[index]
-        try:
-            return decode_record(record, self.table, self.image_column)
-        except UNREADABLE as error:
-            if record.name not in self.skipped:
-                logger.warning("skipped, unreadable: %s: %s", record.name, error)
-            self.skipped[record.name] = self.skipped.get(record.name, 0) + 1
-            return None
-        except MaskError as error:
-            raise ValueError(str(error)) from None
-
-    def read(self, index: int) -> Image.Image | None:
-        """Reads one picture alone: `PIL.Image.Image` in RGB, or `None` if it is unreadable."""
-        picture = self.read_picture(index)
-        return picture.image if picture is not None else None

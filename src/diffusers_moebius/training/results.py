@@ -5,14 +5,18 @@ import logging
 import shlex
 import sys
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from matplotlib.figure import Figure
+from torch import nn
+from torch.optim.swa_utils import update_bn
+from tqdm.auto import tqdm
 
 from ..loaders.model_card import PAPER, hub_repository
 from ..models.fusion import adapter_layers
-from .adapters import save_adapter
-from .batch_norm import recalibrate_batch_norm
+from .adapters import has_adapter, save_adapter
 from .checkpoints import list_checkpoints
 from .data import describe_dataset
 from .loop import TrainingLoop
@@ -44,12 +48,7 @@ result = pipe(image=photo, mask_image=mask).images[0]
 
 
 def plot_curves(rows: list[dict[str, str]], path: Path) -> bool:
-    """Draws the columns of `loss.csv` over the steps, if matplotlib is installed; returns whether it did."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.info("no curves in the model card: they need matplotlib (`pip install diffusers-moebius[train]`)")
-        return False
+    """Draws the columns of `loss.csv` over the steps, if there are any; returns whether it did."""
     names = [name for name in rows[0] if name not in ("step", "lr", "skipped")] if rows else []
     if not names:
         return False
@@ -148,18 +147,6 @@ def _arguments_without_paths_of_this_machine(args: argparse.Namespace) -> list[s
     return words
 
 
-def write_adapter(loop: TrainingLoop, pipeline, dataset, scores: dict[str, float] | None = None) -> None:
-    """Writes the averaged adapter of a finished run with its model card, and uploads it if asked to."""
-    if not loop.is_main:
-        return
-    with loop.averaged_weights():
-        save_adapter(pipeline, loop.output_dir)
-    make_lora_card(pipeline, loop).save(loop.output_dir / "README.md")
-    add_to_card(loop.output_dir, training_section(loop, describe_dataset(loop.args, dataset), scores))
-    logger.info("wrote the adapter to %s", loop.output_dir)
-    push_results(loop)
-
-
 def add_to_card(folder: Path, section: str) -> None:
     """Puts a section in front of the licence of the model card in a folder, or at the end of a card without one."""
     path = folder / "README.md"
@@ -172,7 +159,7 @@ def add_to_card(folder: Path, section: str) -> None:
 def push_results(loop: TrainingLoop) -> None:
     """Uploads the folder of the run without its checkpoints and logs, if `push_to_hub` is set."""
     args = loop.args
-    if not (args.push_to_hub and loop.is_main):
+    if not args.push_to_hub:
         return
     repo_id = loop.repo_id
     ignored = [f"{folder.name}/*" for folder in list_checkpoints(loop.output_dir)]
@@ -185,32 +172,56 @@ def push_results(loop: TrainingLoop) -> None:
     logger.info("uploaded to %s", repo_id)
 
 
-def write_pipeline(loop: TrainingLoop, pipeline, dataset, noise=None, scores: dict[str, float] | None = None) -> None:
+def save_parts(pipeline, folder: Path) -> None:
+    """Writes what a run trains of a pipeline into a folder: the adapter, or U-Net, embedder and perhaps decoder."""
+    if has_adapter(pipeline.unet):
+        save_adapter(pipeline, folder)
+    else:
+        pipeline.unet.save_pretrained(folder / "unet")
+        pipeline.lcg_embedder.save_pretrained(folder / "lcg_embedder")
+        if any(parameter.requires_grad for parameter in pipeline.vae.parameters()):
+            pipeline.vae.save_pretrained(folder / "vae")
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+
+
+class _OfNoised(nn.Module):
+    """A denoiser as a function of one argument, a `NoisedBatch`."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, noised):
+        return self.model(noised.model_input, noised.timesteps, noised.category_ids)
+
+
+def write_results(loop: TrainingLoop, pipeline, dataset, scores: dict[str, float], noise=None) -> None:
     """
-    Writes the pipeline of a finished run with its averaged weights and its model card, and uploads it if asked to.
+    Writes the pipeline or the adapter of a finished run, averaged, with its model card, and uploads it if asked to.
 
     The statistics of BatchNorm belong to the weights that were trained; for the averaged ones they are measured anew,
     on the batches that would have come next. To be called in all processes.
 
     Args:
         loop ([`TrainingLoop`]): The run.
-        pipeline ([`MoebiusInpaintPipeline`]): The pipeline of which the run trained the U-Net.
+        pipeline ([`MoebiusInpaintPipeline`]): The pipeline of which the run trained the U-Net or an adapter.
         dataset: The dataset of the run.
+        scores (`dict[str, float]`): The last validation, for the card.
         noise (callable, *optional*): Makes a `NoisedBatch` of a batch and the generators of its samples; needed unless
             BatchNorm's statistics are frozen.
-        scores (`dict[str, float]`, *optional*): The last validation, for the card.
     """
     args = loop.args
     with loop.averaged_weights() as model:
-
-        def forward(number):
-            noised = noise(*next(loop.upcoming))
-            model(noised.model_input, noised.timesteps, noised.category_ids)
-
         if not args.freeze_batch_norm:
-            recalibrate_batch_norm(model, forward, RECALIBRATION_BATCHES)
-        if loop.is_main:
+            batches = (noise(*batch) for batch in islice(loop.upcoming, RECALIBRATION_BATCHES))
+            update_bn(tqdm(batches, "BatchNorm statistics", RECALIBRATION_BATCHES, mininterval=5), _OfNoised(model))
+        if not loop.is_main:
+            return
+        if has_adapter(pipeline.unet):
+            save_adapter(pipeline, loop.output_dir)
+            make_lora_card(pipeline, loop).save(loop.output_dir / "README.md")
+        else:
             pipeline.save_pretrained(loop.output_dir)
-            add_to_card(loop.output_dir, training_section(loop, describe_dataset(args, dataset), scores))
-            logger.info("wrote the pipeline to %s", loop.output_dir)
-            push_results(loop)
+    add_to_card(loop.output_dir, training_section(loop, describe_dataset(args, dataset), scores))
+    logger.info("wrote the result to %s", loop.output_dir)
+    push_results(loop)

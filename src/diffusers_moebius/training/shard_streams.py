@@ -1,15 +1,20 @@
-"""WebDataset tar shards as streams, from disk or by URL: read once from front to back, never stored whole."""
+"""
+WebDataset tar shards as streams, from disk or by URL: read once from front to back, never stored whole.
+
+`datasets` opens the shards and StatefulDataLoader keeps the place of every worker. What is ours is the loop over the
+members of a shard: that of `datasets` ends at the first broken shard and resumes a shuffled stream without what was in
+its buffer, and `webdataset` keeps no place at all.
+"""
 
 import logging
 import tarfile
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
 
 from .crops import Crop, Cropper, number_of_name, raise_unreadable
-from .picture_sources import MASK_SUFFIX, UNREADABLE, MaskError, Record, decode_record, is_picture, shard_record
+from .picture_sources import MASK_SUFFIX, Record, is_picture, read_picture, shard_record
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +101,6 @@ class StreamedPictureDataset(torch.utils.data.IterableDataset):
         self.turn: int | None = None  # number of the shard in the sequence over all epochs
         self.given = 0  # samples of that shard that have been given out, readable or not
 
-    @property
-    def description(self) -> str:
-        """How much there is, for caches."""
-        return f"{len(self.shards):,} streamed shards"
-
     def state_dict(self) -> dict:
         return {"turn": self.turn, "given": self.given}
 
@@ -109,14 +109,8 @@ class StreamedPictureDataset(torch.utils.data.IterableDataset):
 
     def crop_record(self, record: Record, epoch: int, num_masks: int) -> Crop | None:
         """A crop with so many masks; `None` if it is unreadable."""
-        try:
-            picture = decode_record(record)
-        except UNREADABLE as error:
-            logger.warning("skipped, unreadable: %s: %s", record.name, error)
-            return None
-        except MaskError as error:
-            raise ValueError(str(error)) from None
-        return self.cropper(picture, (epoch, number_of_name(record.name)), num_masks)
+        picture = read_picture(record)
+        return picture and self.cropper(picture, (epoch, number_of_name(record.name)), num_masks)
 
     def _blocks(self, shard: str, lost: list[str]) -> Iterator[list[Record]]:
         block: list[Record] = []
@@ -163,6 +157,6 @@ class StreamedPictureDataset(torch.utils.data.IterableDataset):
     def num_cache_units(self) -> int:
         return len(self.shards)
 
-    def cache_unit(self, unit: int, epoch: int, num_masks: int) -> Iterator[partial]:
+    def cache_unit(self, unit: int, epoch: int, num_masks: int) -> Iterator[Crop | None]:
         for record in read_shard(self.shards[unit]):
-            yield partial(self.crop_record, record, epoch, num_masks)
+            yield self.crop_record(record, epoch, num_masks)

@@ -15,7 +15,7 @@ from .crops import Cropper, PictureDataset
 from .denoiser import ConditionedDenoiser
 from .objective import noise_batch, sample_generators
 from .perceptual import LPIPS, distance_map
-from .picture_sources import PictureReader
+from .picture_sources import list_pictures
 
 LABEL_HEIGHT = 14  # pixels above each row of a contact sheet
 
@@ -30,8 +30,8 @@ class Validation:
     """
 
     def __init__(self, args: argparse.Namespace, vae):
-        reader = PictureReader(args.validation_data)
-        dataset = PictureDataset(reader, Cropper(args.resolution, args.mask_presets, seed=0))
+        records = list_pictures(args.validation_data)
+        dataset = PictureDataset(records, Cropper(args.resolution, args.mask_presets, seed=0))
         crops = (crop for index in range(len(dataset)) if (crop := dataset.crop(index, 1)) is not None)
         crops = list(islice(crops, args.num_validation_images))
         if not crops:
@@ -92,6 +92,15 @@ class Validation:
             ).images.cpu()
         finally:
             remarks.setLevel(level)
+
+    def run(self, loop, pipeline, scheduler: DDIMScheduler, others: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Fills the holes, writes the result below `others` `[N, 3, H, W]`, and returns the scores."""
+        with loop.validation() as bare:
+            scores = self.loss(bare, scheduler)
+            result = self.fill(pipeline)
+        scores["validation_hole_psnr"] = self.hole_psnr(result).mean().item()
+        self.write(loop, others | {"result": result}, scores)
+        return scores
 
     def hole_psnr(self, results: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """PSNR in the hole of each result `[N, 3, H, W]` in [0, 1] to the photos or another target; `[N]`."""

@@ -6,19 +6,7 @@ const editor = createEditor(element, {
   },
   onSelect: (request) => trigger("select", request),
 });
-const obey = {
-  open: ({ photo, size, mask, hint }) => editor.open(photo, size, mask, hint),
-  close: () => editor.close(),
-  busy: () => editor.setBusy(true),
-  idle: () => editor.setBusy(false),
-  preview: ({ url }) => editor.preview(url),
-  finish: ({ candidates }) => {
-    editor.setBusy(false);
-    editor.finish(candidates);
-  },
-  add: ({ mask, erase }) => editor.add(mask, erase),
-};
-const follow = () => obey[props.value?.do]?.(props.value);
+const follow = () => editor[props.value?.do]?.(props.value);
 watch("value", follow);
 follow();
 window.moebiusEditor = editor;

@@ -3,57 +3,27 @@
 // The page owns the mask and the history; what runs the model is sent the mask as a PNG and the id of a photo, and
 // answers with pictures. No library, no framework: `createEditor` is all.
 
-const WORDS = {
-  tools: "Tools",
-  brush: "Brush",
-  erase: "Eraser",
-  box: "Box",
-  select: "Select",
-  size: "Size",
-  undo: "Undo",
-  redo: "Redo",
-  zoomOut: "Zoom out",
-  zoomIn: "Zoom in",
-  fit: "Fit",
-  more: "Mask",
-  load: "Open a mask…",
-  save: "Save the mask",
-  invert: "Invert",
-  fillHoles: "Fill its holes",
-  clear: "Unmark everything",
-  before: "Before",
-  compare: "Compare",
-  history: "History",
-  original: "Original",
-  removal: "Removal",
-  candidates: "Pick one",
-  candidate: "Candidate",
-  view: "Your photo. Paint over what should go. Arrow keys move, Enter paints, E erases, plus and minus zoom.",
-  marked: "Marked: {share} % of the photo.",
-  nothing: "Nothing is marked.",
-  wrongShape: "This mask has another shape than the photo, which is {width}×{height} pixels here.",
-};
-
 const UNDO_STEPS = 30;
-const MARK = [255, 64, 64];
+const MARK = "rgb(255, 64, 64)";
+const TOOLS = { brush: "Brush", erase: "Eraser", box: "Box", select: "Select" };
+const MASK_MENU = { load: "Open a mask…", save: "Save the mask", invert: "Invert", fillHoles: "Fill its holes", clear: "Unmark everything" };
+const VIEW = "Your photo. Paint over what should go. Arrow keys move, Enter paints, E erases, plus and minus zoom.";
 
-export function createEditor(root, { words = {}, onNote = () => {}, onSelect = null, onChange = () => {} } = {}) {
-  words = { ...WORDS, ...words };
-  const button = (name, label = words[name]) =>
-    `<button type="button" data-do="${name}" title="${label}" aria-label="${label}">${label}</button>`;
+export function createEditor(root, { onNote, onSelect }) {
+  const buttons = (names, signs = {}) =>
+    Object.entries(names)
+      .map(([name, label]) => `<button type="button" data-do="${name}" aria-label="${label}">${signs[name] ?? label}</button>`)
+      .join("");
   root.classList.add("moebius-editor");
   root.innerHTML = `
-    <div class="bar" role="toolbar" aria-label="${words.tools}">
-      ${["brush", "erase", "box", "select"].map((name) => button(name)).join("")}
-      <label>${words.size} <input type="range" min="4" max="300" value="40" data-size aria-label="${words.size}"></label>
-      ${button("undo", words.undo)}${button("redo", words.redo)}
-      ${button("zoomOut")}${button("fit")}${button("zoomIn")}
-      <details><summary>${words.more}</summary><div class="menu">
-        ${["load", "save", "invert", "fillHoles", "clear"].map((name) => button(name)).join("")}
-      </div></details>
-      <input type="file" accept="image/*" hidden data-file aria-label="${words.load}">
+    <div class="bar" role="toolbar" aria-label="Tools">
+      ${buttons(TOOLS)}
+      <label>Size <input type="range" min="4" max="300" value="40" data-size aria-label="Size"></label>
+      ${buttons({ undo: "Undo", redo: "Redo", zoomOut: "Zoom out", fit: "Fit", zoomIn: "Zoom in" }, { zoomOut: "−", zoomIn: "+" })}
+      <details><summary>Mask</summary><div class="menu">${buttons(MASK_MENU)}</div></details>
+      <input type="file" accept="image/*" hidden data-file aria-label="${MASK_MENU.load}">
     </div>
-    <div class="view" tabindex="0" role="application" aria-label="${words.view}">
+    <div class="view" tabindex="0" role="application" aria-label="${VIEW}">
       <div class="stage">
         <img class="after" alt=""><img class="old" alt="" hidden><canvas class="grown"></canvas><canvas class="mask"></canvas>
         <canvas class="draft"></canvas>
@@ -61,10 +31,10 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
       <div class="ring" hidden></div>
     </div>
     <div class="bar compare" hidden>
-      <div class="strip history" role="group" aria-label="${words.history}"></div>
-      <div class="strip candidates" role="group" aria-label="${words.candidates}"></div>
-      ${button("before")}
-      <label>${words.compare} <input type="range" min="0" max="100" value="0" data-compare aria-label="${words.compare}"></label>
+      <div class="strip history" role="group" aria-label="History"></div>
+      <div class="strip candidates" role="group" aria-label="Pick one"></div>
+      ${buttons({ before: "Before" })}
+      <label>Compare <input type="range" min="0" max="100" value="0" data-compare aria-label="Compare"></label>
     </div>`;
   const find = (selector) => root.querySelector(selector);
   const view = find(".view");
@@ -82,40 +52,35 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
   let size = 40;
   let [zoom, left, top] = [1, 0, 0]; // of the stage in the view
   let [undone, done] = [[], []]; // alpha planes of the mask
-  let margins = { grow: 0, context: null }; // pixels of the photo; {percent of the mask's longer side, least pixels}
+  let margins = null; // by how many pixels of the photo the mask grows, and the box around it that the model sees
   let scale = 1; // pixels of the view for one of the photo
   let busy = false;
   let hint = "";
 
-  const fill = (text, values) => text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
-  const shown = () => versions[current]?.candidates[versions[current].picked];
+  const shown = (k = current) => versions[k]?.candidates[versions[k].picked];
 
   // --- the mask
 
   const plane = () => {
     const { data } = mask.getImageData(0, 0, width, height);
-    const alpha = new Uint8Array(width * height);
-    for (let i = 0; i < alpha.length; i++) alpha[i] = data[4 * i + 3] >= 128 ? 255 : 0;
-    return alpha;
+    return new Uint8Array(width * height).map((_, i) => (data[4 * i + 3] >= 128 ? 255 : 0));
   };
   const setPlane = (alpha) => {
     const image = mask.createImageData(width, height);
-    for (let i = 0; i < alpha.length; i++) if (alpha[i]) image.data.set([...MARK, 255], 4 * i);
+    const pixels = new Uint32Array(image.data.buffer);
+    alpha.forEach((value, i) => (pixels[i] = value ? 0xff4040ff : 0));
     mask.putImageData(image, 0, 0);
   };
-  const share = () => plane().reduce((sum, value) => sum + (value ? 1 : 0), 0) / (width * height);
+  const share = () => plane().reduce((sum, value) => sum + value, 0) / (255 * width * height);
   const remember = () => {
     done.push(plane());
     done.splice(0, done.length - UNDO_STEPS);
     undone = [];
   };
   const changed = () => {
-    const part = share();
+    const percent = 100 * share();
     drawGrown();
-    onNote(
-      part ? fill(words.marked, { share: part < 0.01 ? "<1" : Math.round(100 * part) }) : words.nothing,
-    );
-    onChange();
+    onNote(percent ? `Marked: ${percent < 1 ? "<1" : Math.round(percent)} % of the photo.` : "Nothing is marked.");
     update();
   };
   const edit = (change) => {
@@ -147,47 +112,40 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
     return outside.map((value) => (value ? 0 : 255));
   };
 
+  const newCanvas = () => {
+    const canvas = Object.assign(document.createElement("canvas"), { width, height });
+    return { canvas, context: canvas.getContext("2d") };
+  };
   // An opaque picture is a mask by its brightness, any other by its alpha.
   const planeOf = (picture) => {
-    const canvas = document.createElement("canvas");
-    Object.assign(canvas, { width, height });
-    const context = canvas.getContext("2d");
+    const { context } = newCanvas();
     context.drawImage(picture, 0, 0, width, height);
     const { data } = context.getImageData(0, 0, width, height);
-    let opaque = true;
-    for (let i = 3; i < data.length && opaque; i += 4) opaque = data[i] === 255;
-    const value = opaque
-      ? (i) => 0.299 * data[4 * i] + 0.587 * data[4 * i + 1] + 0.114 * data[4 * i + 2]
-      : (i) => data[4 * i + 3];
-    return Uint8Array.from({ length: width * height }, (_, i) => (value(i) >= 128 ? 255 : 0));
+    const isOpaque = data.every((value, i) => i % 4 < 3 || value === 255);
+    const brightness = (i) => 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
+    const value = isOpaque ? brightness : (i) => data[i + 3];
+    return new Uint8Array(width * height).map((_, i) => (value(4 * i) >= 128 ? 255 : 0));
   };
   const load = async (file) => {
     const picture = await createImageBitmap(file);
     if (Math.abs((picture.width * height) / (picture.height * width) - 1) > 0.02)
-      return onNote(fill(words.wrongShape, { width, height }));
+      return onNote(`This mask has another shape than the photo, which is ${width}×${height} pixels here.`);
     edit(() => planeOf(picture));
   };
   const save = () => {
-    const canvas = document.createElement("canvas");
-    Object.assign(canvas, { width, height });
-    const context = canvas.getContext("2d");
+    const { canvas, context } = newCanvas();
     const image = context.createImageData(width, height);
     plane().forEach((value, i) => image.data.set([value, value, value, 255], 4 * i));
     context.putImageData(image, 0, 0);
-    const link = document.createElement("a");
-    link.download = "mask.png";
-    link.href = canvas.toDataURL("image/png");
-    link.click();
+    Object.assign(document.createElement("a"), { download: "mask.png", href: canvas.toDataURL("image/png") }).click();
   };
 
   // What growing the mask adds, and the box that the model sees, are drawn while they are set.
   const drawGrown = () => {
     const context = grownCanvas.getContext("2d");
     context.clearRect(0, 0, width, height);
+    if (!margins) return;
     const grow = Math.round(margins.grow * scale);
-    const seen = margins.context;
-    if (!grow && !seen) return;
-    context.globalCompositeOperation = "source-over";
     context.drawImage(maskCanvas, 0, 0);
     for (const [dx, dy] of [[1, 0], [0, 1]])
       for (let reach = 0; reach < grow; ) {
@@ -195,20 +153,17 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
         for (const sign of [1, -1]) context.drawImage(grownCanvas, sign * step * dx, sign * step * dy);
         reach += step;
       }
-    if (!seen) return;
-    const alpha = plane();
-    let box = [width, height, -1, -1];
-    alpha.forEach((value, i) => {
+    let [x0, y0, x1, y1] = [width, height, -1, -1];
+    plane().forEach((value, i) => {
       if (!value) return;
       const [x, y] = [i % width, Math.floor(i / width)];
-      box = [Math.min(box[0], x), Math.min(box[1], y), Math.max(box[2], x), Math.max(box[3], y)];
+      [x0, y0, x1, y1] = [Math.min(x0, x), Math.min(y0, y), Math.max(x1, x), Math.max(y1, y)];
     });
-    if (box[2] < 0) return;
-    const margin = grow + Math.max(seen.least * scale, (seen.percent / 100) * Math.max(box[2] - box[0] + 1, box[3] - box[1] + 1));
+    if (x1 < 0) return;
+    const margin = grow + Math.max(margins.least * scale, (margins.percent / 100) * Math.max(x1 - x0 + 1, y1 - y0 + 1));
+    Object.assign(context, { lineWidth: 2, strokeStyle: "#fff" });
     context.setLineDash([8, 6]);
-    context.lineWidth = 2;
-    context.strokeStyle = "#fff";
-    context.strokeRect(box[0] - margin, box[1] - margin, box[2] - box[0] + 2 * margin, box[3] - box[1] + 2 * margin);
+    context.strokeRect(x0 - margin, y0 - margin, x1 - x0 + 2 * margin, y1 - y0 + 2 * margin);
   };
 
   // --- what is seen
@@ -237,20 +192,13 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
   new ResizeObserver(fit).observe(view);
 
   const thumb = (url, label, pressed, act) => {
-    const element = document.createElement("button");
-    Object.assign(element, { type: "button", title: label });
-    element.setAttribute("aria-label", label);
-    element.setAttribute("aria-pressed", pressed);
-    const picture = document.createElement("img");
-    Object.assign(picture, { src: url, alt: "" });
-    element.append(picture);
+    const element = Object.assign(document.createElement("button"), { type: "button", title: label, ariaPressed: pressed });
+    element.append(Object.assign(document.createElement("img"), { src: url, alt: label }));
     element.addEventListener("click", act);
     return element;
   };
   const update = () => {
-    for (const name of ["brush", "erase", "box", "select"])
-      find(`[data-do=${name}]`).setAttribute("aria-pressed", tool === name);
-    find("[data-do=select]").hidden = onSelect === null;
+    for (const name of Object.keys(TOOLS)) find(`[data-do=${name}]`).setAttribute("aria-pressed", tool === name);
     find("[data-do=undo]").disabled = busy || (!done.length && !current);
     find("[data-do=redo]").disabled = busy || (!undone.length && current >= versions.length - 1);
     find(".compare").hidden = versions.length < 2;
@@ -260,19 +208,14 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
   const show = () => {
     const version = versions[current];
     after.src = shown().url;
-    if (current) {
-      const last = versions[current - 1];
-      old.src = last.candidates[last.picked].url;
-    }
+    if (current) old.src = shown(current - 1).url;
     compare(0);
     find(".history").replaceChildren(
-      ...versions.map(({ candidates, picked }, k) =>
-        thumb(candidates[picked].url, k ? `${words.removal} ${k}` : words.original, k === current, () => go(k)),
-      ),
+      ...versions.map((_, k) => thumb(shown(k).url, k ? `Removal ${k}` : "Original", k === current, () => go(k))),
     );
     find(".candidates").replaceChildren(
       ...(version.candidates.length < 2 ? [] : version.candidates).map(({ url }, k) =>
-        thumb(url, `${words.candidate} ${k + 1}`, k === version.picked, () => {
+        thumb(url, `Candidate ${k + 1}`, k === version.picked, () => {
           version.picked = k;
           versions.length = current + 1; // what was removed from another candidate is not in this one
           show();
@@ -280,7 +223,6 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
       ),
     );
     update();
-    onChange();
   };
   const go = (k) => {
     if (busy || k < 0 || k >= versions.length) return;
@@ -326,7 +268,7 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
     place();
   };
   const actions = {
-    ...Object.fromEntries(["brush", "erase", "box", "select"].map((name) => [name, () => choose(name)])),
+    ...Object.fromEntries(Object.keys(TOOLS).map((name) => [name, () => choose(name)])),
     undo,
     redo,
     fit,
@@ -370,21 +312,16 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
     return [clientX - box.left, clientY - box.top];
   };
   const line = (context, [x0, y0], [x1, y1], erase) => {
-    context.globalCompositeOperation = erase ? "destination-out" : "source-over";
-    context.strokeStyle = `rgb(${MARK})`;
-    context.lineWidth = size;
-    context.lineCap = "round";
+    const globalCompositeOperation = erase ? "destination-out" : "source-over";
+    Object.assign(context, { globalCompositeOperation, strokeStyle: MARK, lineWidth: size, lineCap: "round" });
     context.beginPath();
     context.moveTo(x0, y0);
     context.lineTo(x1 + 0.01, y1);
     context.stroke();
-    context.globalCompositeOperation = "source-over";
   };
   const rectangle = (context, [x0, y0], [x1, y1], erase) => {
-    context.globalCompositeOperation = erase ? "destination-out" : "source-over";
-    context.fillStyle = `rgb(${MARK})`;
-    context.fillRect(Math.round(Math.min(x0, x1)), Math.round(Math.min(y0, y1)), ...[x1 - x0, y1 - y0].map((d) => Math.round(Math.abs(d))));
-    context.globalCompositeOperation = "source-over";
+    Object.assign(context, { globalCompositeOperation: erase ? "destination-out" : "source-over", fillStyle: MARK });
+    context.fillRect(...[x0, y0, x1 - x0, y1 - y0].map(Math.round));
   };
   const begin = (point, erase) => {
     compare(0);
@@ -409,6 +346,7 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
     if (kind === "select") {
       const isClick = Math.hypot(last[0] - from[0], last[1] - from[1]) < 4 / zoom;
       const scribble = isClick ? null : draftCanvas.toDataURL("image/png");
+      onNote("Looking for what is there…");
       return onSelect({ photo: shown().id, point: from, scribble, erase });
     }
     draft.clearRect(0, 0, width, height);
@@ -522,13 +460,20 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
   });
 
   update();
+  const setBusy = (value) => {
+    busy = value;
+    cancel();
+    if (!busy && versions.length) after.src = shown().url;
+    update();
+  };
+  // What the page tells the editor to do, and what it asks.
   return {
-    // Begins with a photo: {id, url, width}, the size in which it is viewed, perhaps the URL of a mask, and what to say
-    // when Select is chosen.
-    async open(photo, viewed, maskUrl = null, selectHint = "") {
+    // Begins with a photo {id, url, width}, the size in which it is viewed, what to say when Select is chosen, and
+    // perhaps a mask.
+    async open({ photo, size: viewed, hint: text, mask: url }) {
       [width, height] = viewed;
-      hint = selectHint;
-      scale = width / (photo.width ?? width);
+      hint = text;
+      scale = width / photo.width;
       for (const canvas of [grownCanvas, maskCanvas, draftCanvas]) Object.assign(canvas, { width, height });
       Object.assign(stage.style, { width: `${width}px`, height: `${height}px` });
       versions = [{ candidates: [photo], picked: 0 }];
@@ -538,52 +483,41 @@ export function createEditor(root, { words = {}, onNote = () => {}, onSelect = n
       setSize(Math.round(Math.max(width, height) / 20));
       show();
       fit();
-      if (maskUrl) await this.add(maskUrl);
+      await this.add({ mask: url });
     },
     close() {
       versions = [];
       [width, height] = [0, 0];
       update();
     },
+    // Nothing can be painted while the model runs.
+    busy: () => setBusy(true),
+    idle: () => setBusy(false),
+    preview: ({ url }) => (after.src = url),
     // A finished removal, as one or more candidates {id, url}.
-    finish(candidates) {
+    finish({ candidates }) {
+      setBusy(false);
       versions.length = current + 1;
       versions.push({ candidates, picked: 0 });
       go(current + 1);
     },
-    preview: (url) => (after.src = url),
-    // Nothing can be painted while the model runs.
-    setBusy(value) {
-      busy = value;
-      cancel();
-      if (!busy && versions.length) after.src = shown().url;
-      update();
-    },
     // A region that was selected joins the mask or leaves it.
-    async add(url, erase = false) {
+    async add({ mask: url, erase }) {
       draft.clearRect(0, 0, width, height);
       if (!url) return;
-      const picture = new Image();
-      picture.src = url;
+      const picture = Object.assign(new Image(), { src: url });
       await picture.decode();
       const region = planeOf(picture);
       edit((alpha) => alpha.map((value, i) => (region[i] ? (erase ? 0 : 255) : value)));
     },
-    setMargins(value) {
-      margins = value;
+    // What the fields of the page say: pixels of the photo, or nothing for what goes with its size, and percent.
+    setMargins(grow, percent, least) {
+      const bySize = (4 * Math.min(width, height)) / scale / 512;
+      margins = { grow: grow.trim() ? Math.min(Number(grow) || 0, 200) : bySize, percent, least };
       drawGrown();
     },
-    get photoSize() {
-      return [width / scale, height / scale];
-    },
-    get photo() {
-      return shown()?.id ?? null;
-    },
-    get isEmpty() {
-      return !width || !share();
-    },
-    get mask() {
-      return maskCanvas.toDataURL("image/png");
+    get marked() {
+      return { photo: shown()?.id, mask: width && share() ? maskCanvas.toDataURL("image/png") : null };
     },
   };
 }
