@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # At least so many photos are read, and checked, before the model is loaded.
 READ_AHEAD = 4
 _THREADS = min(8, os.cpu_count() or 1)
+# No more photos are read ahead, and no more written at once, than so many pixels make up (but one of each).
+PIXELS_AT_ONCE = 2**25
 # At 512 px in float16, with room to spare; a batch that does not fit is done one by one.
 _BYTES_A_PHOTO = 3 * 2**30
 
@@ -92,8 +94,11 @@ def inpaint_items(
                 yield Outcome(photo.item, [], photo.remarks, seconds + share, result)
             else:
                 writes.append((photo, seconds + share, writers.submit(write, photo, result)))
-        while len(writes) > _THREADS or (writes and writes[0][2].done()):
+        while len(writes) > _THREADS or (writes and writes[0][2].done()) or (len(writes) > 1 and is_full(writes)):
             yield finished(*writes.popleft())
+
+    def is_full(photos: Iterable[tuple[Photo, float, Future]]) -> bool:
+        return sum(_pixels(photo) for photo, _, _ in photos) > PIXELS_AT_ONCE
 
     def finished(photo: Photo, seconds: float, future: Future) -> Outcome:
         error = future.exception()
@@ -142,8 +147,16 @@ def _read_ahead(
     wait([future for _, future in first])
     reads = deque(sorted(first, key=lambda entry: entry[1].exception() is None))
     while reads:
-        yield reads.popleft()
-        reads.extend((item, readers.submit(read, item)) for item in islice(items, 1))
+        item, future = reads.popleft()
+        ahead = window
+        if future.exception() is None:  # the next ones may be about as large
+            ahead = min(window, max(1, PIXELS_AT_ONCE // _pixels(future.result()[0])))
+        reads.extend((each, readers.submit(read, each)) for each in islice(items, max(0, ahead - len(reads))))
+        yield item, future
+
+
+def _pixels(photo: Photo) -> int:
+    return photo.image.width * photo.image.height
 
 
 def _expected(error: BaseException) -> Exception:
