@@ -28,7 +28,7 @@ lint: $(VENV)/.dev-installed
 
 # What `moebius space push` uploads: the app, its card, and the package as a wheel.
 space:
-	rm -rf build/space
+	rm -rf build/space build/lib build/bdist*
 	mkdir -p build/space
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/space .
 	cp -r spaces/app.py spaces/README.md spaces/screenshots build/space/

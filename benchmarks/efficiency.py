@@ -35,8 +35,8 @@ from diffusers_moebius.models import multiply_adds
 # Key, head of the column, factor and format.
 COLUMNS = (
     ("parameters", "parameters", 1e-6, "{:.2f} M"),
-    ("multiply_adds", "multiply-adds an evaluation", 1e-9, "{:.2f} G"),
-    ("multiply_adds_literal", "by the literal formulas", 1e-9, "{:.2f} G"),
+    ("multiply_adds", "multiply-adds", 1e-9, "{:.2f} G"),
+    ("multiply_adds_literal", "multiply-adds, literal", 1e-9, "{:.2f} G"),
     ("step_seconds", "ms a step", 1e3, "{:.2f}"),
     ("steps", "steps", 1, "{:.0f}"),
     ("total_seconds", "total s", 1, "{:.2f}"),
@@ -203,6 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"`--{name}` must be at least 1, but is {getattr(args, name)}")
     settings = None if args.settings is None else read_settings(args.settings)
     call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    call = {key: value for key, value in call.items() if value is not None}
     rows = {}
     for name, spec in split_names(args.method).items():
         method = make_method(spec, settings, args.device, getattr(torch, args.dtype), **call)

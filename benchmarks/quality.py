@@ -90,15 +90,16 @@ PUBLISHED = ("hustvl/Moebius", "hustvl/PixelHacker")
 def load_methods(args: argparse.Namespace) -> dict[str, Method]:
     """The methods that `--method` names, on their device; several `--guidance_scale` make several of a pipeline."""
     sections = {} if args.settings is None else read_settings(args.settings)
-    call = {"num_inference_steps": args.steps, "strength": args.strength}
     scales, methods = args.guidance_scale or [None], {}
+    call = {"num_inference_steps": args.steps, "strength": args.strength, "guidance_scale": scales[0]}
+    call = {key: value for key, value in call.items() if value is not None}
     for name, spec in split_names(args.method).items():
-        method = make_method(spec, sections, args.device, getattr(torch, args.dtype), guidance_scale=scales[0], **call)
-        methods[name] = method
+        method = make_method(spec, sections, args.device, getattr(torch, args.dtype), **call)
         if len(scales) > 1 and isinstance(method, PipelineMethod) and spec not in sections:
-            del methods[name]
             for scale in scales:
                 methods[f"{name}, guidance {scale:g}"] = replace(method, call={**method.call, "guidance_scale": scale})
+        else:
+            methods[name] = method
     return methods
 
 

@@ -78,6 +78,12 @@ def test_a_pipeline_that_does_not_inpaint_gives_its_parts_to_one_that_does(sdxl_
     assert method(photo, mask, "a", 0).shape == photo.shape
 
 
+def test_arguments_of_a_moebius_pipeline(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "tiny")
+    call = make_method(str(tmp_path / "tiny"), detail=None, padding_mask_crop=64).call
+    assert call == {"paste": None, "detail": None, "padding_mask_crop": 64}
+
+
 def test_sections_of_moebius_pipelines(tiny_pipeline, photo, mask, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "tiny")
     section = Settings(str(tmp_path / "tiny"), {"num_inference_steps": 2, "detail": "none"}, pipeline="moebius")

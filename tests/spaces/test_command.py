@@ -16,10 +16,11 @@ def call(*arguments):
     return caught.value.code
 
 
-def test_demo_serves_with_what_it_was_given(monkeypatch, pipeline_folder):
+def test_demo_serves_with_what_it_was_given(monkeypatch, capsys, pipeline_folder):
     calls = []
     monkeypatch.setattr(diffusers_moebius.demo, "launch_demo", lambda *args, **kwargs: calls.append((args, kwargs)))
     assert call("demo") == 0
+    assert "starting the page at http://127.0.0.1:7860" in capsys.readouterr().err
     assert call("demo", "--host", "0.0.0.0", "--port", "80", "--model", str(pipeline_folder), "--share") == 0
     assert calls == [
         (("nano",), {"host": "127.0.0.1", "port": 7860, "share": False}),
@@ -37,7 +38,8 @@ def test_demo_says_how_to_install_gradio(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert call("demo") == 2
-    assert "diffusers-moebius[demo]" in capsys.readouterr().err
+    first, second = capsys.readouterr().err.splitlines()
+    assert "starting the page" in first and "diffusers-moebius[demo]" in second  # said before anything is imported
 
 
 def test_push_uploads_the_model(monkeypatch, capsys, pipeline_folder):

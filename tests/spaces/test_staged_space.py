@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,9 @@ def package_index(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def staged(package_index):
+    stale = ROOT / "build" / "lib" / "diffusers_moebius" / "stale.py"
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.touch()
     made = call("make", "space", f"PYTHON={sys.executable}", cwd=ROOT)
     assert made.returncode == 0, made.stderr[-3000:]
     return ROOT / "build" / "space"
@@ -61,6 +65,15 @@ def python(request, staged, tmp_path):
     assert installed.returncode == 0, installed.stderr[-3000:]
     yield python
     shutil.rmtree(environment)  # gigabytes
+
+
+def test_the_wheel_holds_no_file_of_an_older_build(staged):
+    (wheel,) = staged.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {
+            name for name in archive.namelist() if name.startswith("diffusers_moebius/") and name.endswith(".py")
+        }
+    assert packed == {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
 
 
 def test_the_staged_space_serves(staged, python, photo, mask, tmp_path):

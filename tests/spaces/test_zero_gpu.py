@@ -77,6 +77,7 @@ print(json.dumps(spaces.events))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_gpu", [True, False])
 def test_app(tmp_path, pipeline_folder, zero_gpu):
     (tmp_path / "spaces.py").write_text(SPACES)

@@ -1,10 +1,24 @@
 /**
- * Texture from the photo itself: step by step what `pictures/detail.py` of the package does, with the same random numbers.
- * docs/detail.md describes the method.
+ * Texture from the photo itself: step by step what `pictures/detail.py` of the package does, with the same random
+ * numbers. docs/detail.md describes the method.
  */
 
 import { dilateMask, invert, matchEdges, membrane } from './paste';
-import { SETTINGS, type Multiply, type Tools, asPlanes, blur, both, count, fillWithPatches, halveKnown, isMost, shrink, threshold, without } from './patches';
+import {
+  type Multiply,
+  SETTINGS,
+  type Tools,
+  asPlanes,
+  blur,
+  both,
+  count,
+  fillWithPatches,
+  halveKnown,
+  isMost,
+  shrink,
+  threshold,
+  without,
+} from './patches';
 import { TorchGenerator } from './random';
 import { type Box, type Mask, type Planes, cropMask, cropPlanes, fillHole, halve, maskBox, readBox } from './region';
 
@@ -127,7 +141,8 @@ function holes(mask: Mask, reach: number): { box: Box; read: (box: Box) => Mask 
         for (let x = 0; x < part.width; x++, i++) if (labels[block(box[1] + y, box[0] + x)] !== label) part.data[i] = 0;
       return part;
     };
-    const outer: Box = [left * reach, top * reach, Math.min(right * reach, mask.width), Math.min(bottom * reach, mask.height)];
+    const blocks: Box = [left * reach, top * reach, right * reach, bottom * reach];
+    const outer = overlap(blocks, [0, 0, mask.width, mask.height]);
     const inner = maskBox(read(outer))!;
     return { box: [outer[0] + inner[0], outer[1] + inner[1], outer[0] + inner[2], outer[1] + inner[3]], read };
   });
@@ -169,7 +184,7 @@ function surroundings([left, top, right, bottom]: Box, mask: Mask): Box {
  * @param mask of the whole photo
  * @param enlargement how many pixels of the photo a side there are for one of the model's
  * @param random one number is drawn from it
- * @param onHole is told of the share that is done
+ * @param onWork is told of the share that is done
  * @returns the photo's box with its mask filled, or `fill` itself where nothing was to be done
  */
 export async function addDetail(

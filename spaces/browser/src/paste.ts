@@ -1,6 +1,17 @@
 /** How a filling comes back into its photo: exact outside the mask, without a seam along its edge. */
 
-import { type Box, type Mask, type Planes, cropMask, cropPlanes, enlarge, halve, maskBox, planes, roundHalfEven } from './region';
+import {
+  type Box,
+  type Mask,
+  type Planes,
+  cropMask,
+  cropPlanes,
+  enlarge,
+  halve,
+  maskBox,
+  planes,
+  roundHalfEven,
+} from './region';
 
 export type PasteMode = 'exact' | 'seamless';
 
@@ -69,10 +80,12 @@ export function membrane(values: Planes, hole: Mask, sweeps = 6): Planes {
   const { channels, height, width } = values;
   const size = height * width;
   const reach = dilateMask(hole, 1).data;
-  const share = { ...planes(1, height, width), data: Float32Array.from(reach, (value, i) => value - hole.data[i]) };
+  const share = planes(1, height, width);
+  reach.forEach((value, i) => (share.data[i] = value - hole.data[i]));
   const edge: Planes = { ...values, data: values.data.map((value, i) => (share.data[i % size] ? value : 0)) };
 
-  const levels: { values: Planes; share: Planes }[] = [{ values: edge, share }]; // values times how much of each pixel is on the edge, and that share
+  // Values times how much of each pixel is on the edge, and that share.
+  const levels: { values: Planes; share: Planes }[] = [{ values: edge, share }];
   for (let last = levels[0]; Math.max(last.share.height, last.share.width) > 1; last = levels[levels.length - 1])
     levels.push({ values: halve(last.values), share: halve(last.share) });
   let filled = planes(channels, 1, 1);

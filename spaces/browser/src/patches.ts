@@ -9,7 +9,7 @@ import { type Mask, type Planes, fillHole, halve, planes, roundHalfEven } from '
 export const SETTINGS = {
   radius: 3,
   components: 24,
-  texture: 3,
+  texture: 6,
   position: [1, 0.5],
   leadSigma: 8,
   thin: 5,
@@ -18,7 +18,7 @@ export const SETTINGS = {
   searchPixels: 800_000,
   mean: 0.1,
   shift: 0.1,
-  gamma: 2,
+  gamma: 3,
   spread: 13,
 };
 export type Settings = typeof SETTINGS;
@@ -84,7 +84,8 @@ export function halveKnown(image: Planes, known: Mask): { small: Planes; share: 
 export function blur(image: Planes, sigma: number): Planes {
   if (sigma < 0.3) return image;
   const reach = Math.ceil(2.5 * sigma);
-  const kernel = Float64Array.from({ length: 2 * reach + 1 }, (_, i) => Math.exp(-((i - reach) ** 2) / (2 * sigma ** 2)));
+  const kernel = new Float64Array(2 * reach + 1);
+  for (let x = -reach; x <= reach; x++) kernel[reach + x] = Math.exp(-(x ** 2) / (2 * sigma ** 2));
   const sum = kernel.reduce((total, weight) => total + weight, 0);
   const { data, channels, height, width } = image;
   const middle = planes(channels, height, width);
@@ -117,7 +118,8 @@ export function blur(image: Planes, sigma: number): Planes {
 export function roughness(image: Planes, known: Mask): Planes {
   const { height, width } = image;
   const size = height * width;
-  const grey = Float32Array.from({ length: size }, (_, i) => (image.data[i] + image.data[size + i] + image.data[2 * size + i]) / 3);
+  const [red, green, blue] = [0, 1, 2].map((channel) => image.data.subarray(channel * size, (channel + 1) * size));
+  const grey = red.map((value, i) => (value + green[i] + blue[i]) / 3);
   const inner = erodeMask(known, 1).data;
   const sums = planes(3, height, width); // of the gradients, and of pixels
   for (let y = 0, i = 0; y < height; y++)
@@ -189,6 +191,7 @@ class Scale {
   /** Weights of mean colours, of the guide's colours, and of the position, down and across. */
   private readonly weights: [number, number, number, number];
   private basis = new Float32Array();
+  private columns = new Uint8Array();
   /** Features of the sources: that of a pixel has the row `rows[pixel]`. */
   private sourceFeatures = new Float32Array();
   private rows = new Int32Array();
@@ -225,11 +228,6 @@ class Scale {
     return Int32Array.from(this.tools.random.integers(this.sources.length, count), (index) => this.sources[index]);
   }
 
-  /** Mean colours, components, colours of the guide, row and column; zeros up to a multiple of four. */
-  private get featureCount(): number {
-    return 4 * Math.ceil((this.settings.components + 8) / 4);
-  }
-
   private get isExact(): boolean {
     return this.queries.length * this.sources.length <= this.settings.exact;
   }
@@ -253,14 +251,21 @@ class Scale {
     }
     const gram = await this.tools.multiply(turned, patches, { rows: inner, inner: sample.length, columns: inner });
     const vectors = topEigenvectors(gram, inner, components);
-    this.basis = Float32Array.from(vectors, (_, i) => vectors[(i % components) * inner + Math.floor(i / components)]);
+    this.basis = new Float32Array(inner * components);
+    for (let j = 0; j < components; j++)
+      for (let i = 0; i < inner; i++) this.basis[i * components + j] = vectors[j * inner + i];
 
-    const size = this.featureCount;
-    let features = await this.features(this.image, this.sources);
+    // The features that vary most come first: by these two patches mostly turn out not to be alike.
+    const size = 4 * Math.ceil((components + 8) / 4); // of what `features` tells, and zeros
+    this.columns = new Uint8Array(size).map((_, i) => i);
+    const spreads = variances(await this.features(this.image, sample, this.columns), size);
+    [...this.columns].sort((i, j) => spreads[j] - spreads[i]).forEach((feature, i) => (this.columns[feature] = i));
+    let features = await this.features(this.image, this.sources, this.columns);
     let order = this.sources;
     if (this.isExact) {
       // Sorted by the first feature, so that a search can end where this alone is farther than the best.
-      const ranks = new Uint32Array(order.length).map((_, i) => i).sort((i, j) => features[i * size] - features[j * size]);
+      const ranks = new Uint32Array(order.length).map((_, i) => i);
+      ranks.sort((i, j) => features[i * size] - features[j * size]);
       const sorted = new Float32Array(features.length);
       ranks.forEach((rank, row) => sorted.set(features.subarray(rank * size, (rank + 1) * size), row * size));
       [features, order] = [sorted, Int32Array.from(ranks, (rank) => this.sources[rank])];
@@ -292,10 +297,11 @@ class Scale {
     return sum / pixels;
   }
 
-  /** What patches are compared by, `[pixels, features]`: their mean colours come first. */
-  private async features(image: Planes, pixels: Int32Array): Promise<Float32Array<ArrayBuffer>> {
+  /** What patches are compared by, `[pixels, features]`; mean colours, components and so on are in these columns. */
+  private async features(image: Planes, pixels: Int32Array, columns: Uint8Array): Promise<Float32Array<ArrayBuffer>> {
     const { components, radius } = this.settings;
-    const [size, area] = [this.featureCount, this.height * this.width];
+    const [size, area] = [columns.length, this.height * this.width];
+    const one = new Float32Array(size);
     const [mean, color, down, across] = this.weights;
     const padded = interleave(image, radius);
     const result = new Float32Array(pixels.length * size);
@@ -306,11 +312,12 @@ class Scale {
       const products = await this.tools.multiply(patches, this.basis, shape);
       for (let i = 0; i < part.length; i++) {
         const at = (start + i) * size;
-        for (let j = 0; j < 3; j++) result[at + j] = mean * this.meanOf(patches, i * shape.inner, j);
-        for (let j = 0; j < components; j++) result[at + 3 + j] = products[i * components + j];
-        for (let j = 0; j < 3; j++) result[at + components + 3 + j] = color * this.guide.data[j * area + part[i]];
-        result[at + components + 6] = down * Math.floor(part[i] / this.width);
-        result[at + components + 7] = across * (part[i] % this.width);
+        for (let j = 0; j < 3; j++) one[j] = mean * this.meanOf(patches, i * shape.inner, j);
+        for (let j = 0; j < components; j++) one[3 + j] = products[i * components + j];
+        for (let j = 0; j < 3; j++) one[components + 3 + j] = color * this.guide.data[j * area + part[i]];
+        one[components + 6] = down * Math.floor(part[i] / this.width);
+        one[components + 7] = across * (part[i] % this.width);
+        for (let j = 0; j < size; j++) result[at + columns[j]] = one[j];
       }
     }
     return result;
@@ -318,7 +325,7 @@ class Scale {
 
   /** The squared distance of a query's features to a source's, if it is below a limit; else something above that. */
   private compare(features: Float32Array, query: number, row: number, limit: number): number {
-    const size = this.featureCount;
+    const size = this.columns.length;
     const { sourceFeatures } = this;
     let sum = 0;
     for (let i = query * size, j = row * size, end = i + size; i < end && sum < limit; i += 4, j += 4) {
@@ -333,7 +340,7 @@ class Scale {
 
   /** Finds for each patch of the estimate that touches the hole one like it outside. */
   async search(estimate: Planes): Promise<void> {
-    const features = await this.features(estimate, this.queries);
+    const features = await this.features(estimate, this.queries, this.columns);
     for (let query = 0; query < this.queries.length; query++)
       this.distance[query] = this.compare(features, query, this.rows[this.match[query]], Infinity);
     if (this.isExact) this.searchAll(features);
@@ -342,12 +349,13 @@ class Scale {
         this.propagate(features);
         this.draw(features);
       }
-    const size = this.featureCount;
+    const size = this.columns.length;
     const most = this.settings.shift;
     for (let query = 0; query < this.queries.length; query++) {
       const source = this.rows[this.match[query]] * size;
       for (let j = 0; j < 3; j++) {
-        const difference = (features[query * size + j] - this.sourceFeatures[source + j]) / this.weights[0];
+        const column = this.columns[j];
+        const difference = (features[query * size + column] - this.sourceFeatures[source + column]) / this.weights[0];
         this.shift[3 * query + j] = Math.min(Math.max(difference, -most), most);
       }
     }
@@ -355,10 +363,15 @@ class Scale {
 
   private searchAll(features: Float32Array): void {
     const { sourceFeatures, sources, rows } = this;
-    const size = this.featureCount;
+    const size = this.columns.length;
     const pixels = new Int32Array(sources.length);
     for (const pixel of sources) pixels[rows[pixel]] = pixel;
     for (let query = 0; query < this.queries.length; query++) {
+      // What the neighbours have just found is mostly so near already that the rest is soon ruled out.
+      for (const delta of [-1, -this.width]) {
+        const neighbour = this.index[Math.max(this.queries[query] + delta, 0)];
+        if (neighbour >= 0) this.improve(features, query, this.match[neighbour] - delta);
+      }
       const first = features[query * size];
       let [low, high] = [0, sources.length];
       while (low < high) {
@@ -490,6 +503,17 @@ function contrastOf(image: Planes, hole: Mask): number {
     contrast += Math.sqrt(squares / (known - 1)) / 3;
   }
   return contrast;
+}
+
+/** How much each column varies. */
+function variances(rows: Float32Array, columns: number): Float64Array {
+  const [sums, squares] = [new Float64Array(columns), new Float64Array(columns)];
+  for (let i = 0; i < rows.length; i++) {
+    sums[i % columns] += rows[i];
+    squares[i % columns] += rows[i] ** 2;
+  }
+  const count = rows.length / columns;
+  return squares.map((square, i) => square / count - (sums[i] / count) ** 2);
 }
 
 function upperQuartile(values: Float32Array): number {

@@ -182,7 +182,8 @@ export function enlarge(image: Planes, height: number, width: number): Planes {
       const high = (channel * image.height + row.high) * image.width;
       for (const column of columns) {
         const above = image.data[low + column.low] * (1 - column.share) + image.data[low + column.high] * column.share;
-        const below = image.data[high + column.low] * (1 - column.share) + image.data[high + column.high] * column.share;
+        const below =
+          image.data[high + column.low] * (1 - column.share) + image.data[high + column.high] * column.share;
         result.data[i++] = above * (1 - row.share) + below * row.share;
       }
     }
@@ -205,10 +206,9 @@ export function fillHole(image: Planes, hole: Mask, smoothingSteps = 4): Planes 
     const area = known.data.length;
     return { ...filled, data: filled.data.map((value, i) => colors.data[i] + (1 - known.data[i % area]) * value) };
   };
-  let filled: Planes = {
-    ...coarsest.colors,
-    data: coarsest.colors.data.map((value, i) => value / Math.max(coarsest.known.data[i % coarsest.known.data.length], 1e-6)),
-  };
+  const shares = coarsest.known.data;
+  const means = coarsest.colors.data.map((value, i) => value / Math.max(shares[i % shares.length], 1e-6));
+  let filled: Planes = { ...coarsest.colors, data: means };
   for (const level of levels.reverse()) {
     filled = enlarge(filled, level.known.height, level.known.width);
     for (let step = 0; step < smoothingSteps; step++) filled = average3x3(mix(filled, level));

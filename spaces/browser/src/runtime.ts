@@ -10,7 +10,8 @@ import type { Graphs } from './pipeline';
 import type { Planes } from './region';
 
 /** A product of two matrices, `c = MatMul(a, b)`, as ONNX writes it. */
-const PRODUCT = 'CAg6SQoRCgFhCgFiEgFjIgZNYXRNdWwSAWdaDwoBYRIKCggIARIECgAKAFoPCgFiEgoKCAgBEgQKAAoAYg8KAWMSCgoICAESBAoACgBCBAoAEA0=';
+const PRODUCT =
+  'CAg6SQoRCgFhCgFiEgFjIgZNYXRNdWwSAWdaDwoBYRIKCggIARIECgAKAFoPCgFiEgoKCAgBEgQKAAoAYg8KAWMSCgoICAESBAoACgBCBAoAEA0=';
 
 export type Device = 'wasm' | 'webgpu';
 
@@ -85,8 +86,9 @@ export async function openGraphs(model: Model, device: Device, onBytes: (count: 
       return predictions;
     },
     async multiply(a, b, { rows, inner, columns }) {
-      const feeds = { a: new ort.Tensor('float32', a, [rows, inner]), b: new ort.Tensor('float32', b, [inner, columns]) };
-      return (await product.run(feeds)).c.data as Float32Array;
+      const left = new ort.Tensor('float32', a, [rows, inner]);
+      const right = new ort.Tensor('float32', b, [inner, columns]);
+      return (await product.run({ a: left, b: right })).c.data as Float32Array;
     },
   };
 }

@@ -122,7 +122,9 @@ function spacedTimesteps(config: SchedulerConfig, steps: number, extra: 0 | 1): 
   }
   if (spacing === 'linspace') {
     const ratio = (total - 1) / (steps + extra - 1);
-    return Array.from({ length: steps }, (_, i) => (steps === 1 && !extra ? 0 : roundHalfEven((steps - 1 + extra - i) * ratio)));
+    return Array.from({ length: steps }, (_, i) =>
+      steps === 1 && !extra ? 0 : roundHalfEven((steps - 1 + extra - i) * ratio),
+    );
   }
   if (spacing === 'trailing') {
     const delta = total - total / steps - total;

@@ -100,10 +100,12 @@ class Progress:
     def close(self, is_stopped: bool) -> int:
         """Says what is left; returns the exit code."""
         if self.existing:
-            note(f"{self.existing} outputs exist already and are left as they are (`--overwrite` replaces them)")
+            exist = "output exists" if self.existing == 1 else "outputs exist"
+            note(f"{self.existing} {exist} already, and nothing is done for them (`--overwrite` replaces them)")
         if self.source.left_out:
-            names = ", ".join(self.source.left_out[:10]) + (", …" if len(self.source.left_out) > 10 else "")
-            note(f"{len(self.source.left_out)} files are no pictures and are left out: {names}")
+            more = len(self.source.left_out) - 10
+            names = ", ".join(self.source.left_out[:10]) + (f" and {more} more" if more > 0 else "")
+            note(f"left out, since they are no pictures: {names}")
         if self.failed:
             note(f"{self.failed} of the photos could not be done")
         if is_stopped:

@@ -12,19 +12,11 @@ from .photos import Photo
 
 @dataclass(frozen=True)
 class Example:
-    """
-    A photo with a mask.
-
-    Args:
-        title (`str`): What is to be removed.
-        picture (`str`): Name of the photo in `skimage.data`.
-        shapes (`tuple`): What the mask is made of, in pixels x, y, x, y…: two points are the box of an ellipse, more
-            the corners of a polygon.
-    """
+    """A photo with a mask of what is to be removed."""
 
     title: str
-    picture: str
-    shapes: tuple[tuple[int, ...], ...]
+    picture: str  # in `skimage.data`
+    shapes: tuple[tuple[int, ...], ...]  # x, y, x, y…: the box of an ellipse, or more corners, of a polygon
 
     @functools.cache  # noqa: B019, there are a few, and they live as long as the app
     def load(self) -> tuple[Photo, np.ndarray]:

@@ -24,14 +24,7 @@ MAX_KEPT_MEGAPIXELS = 150
 
 @dataclass(frozen=True)
 class Version:
-    """
-    A visitor's photo as it came, or after a removal.
-
-    Args:
-        photo (`Photo`): The photo.
-        mask (`np.ndarray` of shape `[H, W]`, *optional*): What was filled to make it, before the mask was grown.
-        settings (`Settings`, *optional*): How it was made from the photo before it.
-    """
+    """A visitor's photo as it came, or after a removal: of which mask, before it was grown, and by which settings."""
 
     photo: Photo
     mask: np.ndarray | None = None
@@ -39,12 +32,7 @@ class Version:
 
 
 class Session:
-    """
-    One visitor's versions of a photo. It is compared and hashed by identity, as gradio does with states.
-
-    Args:
-        photo (`Photo`): The photo as it came; its id is 1.
-    """
+    """One visitor's versions of a photo, by ids; that of the photo as it came is 1."""
 
     def __init__(self, photo: Photo):
         self.versions: dict[int, Version] = {}
@@ -71,10 +59,9 @@ class Session:
             )
         return self.versions[version_id]
 
-    def begin_run(self) -> Path:
-        """The stop flag of a new run: a file that is not there."""
+    def begin_run(self) -> None:
+        """Gives the next run a stop flag: a file that is not there."""
         self.stop_flag = self.folder / f"stop-{uuid.uuid4().hex}"
-        return self.stop_flag
 
     def stop(self) -> None:
         """Stops the run that goes on, if any."""

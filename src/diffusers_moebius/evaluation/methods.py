@@ -174,7 +174,7 @@ def make_method(
         settings (`dict[str, Settings]`, *optional*): From [`read_settings`].
         device (`torch.device`, defaults to the CPU): Where pipelines run.
         dtype (`torch.dtype`, defaults to `torch.float32`): Type of their weights.
-        call: Arguments of the call of a Moebius pipeline that is no section; what is `None` is left to it.
+        call: Arguments of the call of a Moebius pipeline that is no section.
 
     Returns:
         `Method`: A [`PipelineMethod`] if a pipeline fills.
@@ -189,7 +189,6 @@ def make_method(
     if name.startswith("results:"):
         return _results(Path(name.removeprefix("results:")))
     if not settings or name not in settings:
-        call = {key: value for key, value in call.items() if value is not None}
         return _moebius_method(Settings(name, call), device, dtype)
     section = settings[name]
     make = _moebius_method if section.pipeline == "moebius" else _diffusers_method

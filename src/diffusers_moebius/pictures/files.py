@@ -197,7 +197,9 @@ def check_output(
     if not folder.is_dir():
         raise ValueError(f"The output {path} would be in {folder}, which is a file.")
     if path.exists() and not overwrite:
-        raise ValueError(f"The output {path} exists already, and overwriting it was not asked for.")
+        raise ValueError(
+            f"The output {path} exists already; it is replaced on request only (`overwrite`, `--overwrite`)."
+        )
     return _check_format(path, mode, metadata or ImageMetadata())
 
 

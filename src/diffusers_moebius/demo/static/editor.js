@@ -10,16 +10,16 @@ const MASK_MENU = { load: "Open a mask…", save: "Save the mask", invert: "Inve
 const VIEW = "Your photo. Paint over what should go. Arrow keys move, Enter paints, E erases, plus and minus zoom.";
 
 export function createEditor(root, { onNote, onSelect }) {
-  const buttons = (names) =>
+  const buttons = (names, signs = {}) =>
     Object.entries(names)
-      .map(([name, label]) => `<button type="button" data-do="${name}" aria-label="${label}">${label}</button>`)
+      .map(([name, label]) => `<button type="button" data-do="${name}" aria-label="${label}">${signs[name] ?? label}</button>`)
       .join("");
   root.classList.add("moebius-editor");
   root.innerHTML = `
     <div class="bar" role="toolbar" aria-label="Tools">
       ${buttons(TOOLS)}
       <label>Size <input type="range" min="4" max="300" value="40" data-size aria-label="Size"></label>
-      ${buttons({ undo: "Undo", redo: "Redo", zoomOut: "Zoom out", fit: "Fit", zoomIn: "Zoom in" })}
+      ${buttons({ undo: "Undo", redo: "Redo", zoomOut: "Zoom out", fit: "Fit", zoomIn: "Zoom in" }, { zoomOut: "−", zoomIn: "+" })}
       <details><summary>Mask</summary><div class="menu">${buttons(MASK_MENU)}</div></details>
       <input type="file" accept="image/*" hidden data-file aria-label="${MASK_MENU.load}">
     </div>
@@ -63,11 +63,12 @@ export function createEditor(root, { onNote, onSelect }) {
 
   const plane = () => {
     const { data } = mask.getImageData(0, 0, width, height);
-    return Uint8Array.from({ length: width * height }, (_, i) => (data[4 * i + 3] >= 128 ? 255 : 0));
+    return new Uint8Array(width * height).map((_, i) => (data[4 * i + 3] >= 128 ? 255 : 0));
   };
   const setPlane = (alpha) => {
     const image = mask.createImageData(width, height);
-    alpha.forEach((value, i) => value && image.data.set([255, 64, 64, 255], 4 * i));
+    const pixels = new Uint32Array(image.data.buffer);
+    alpha.forEach((value, i) => (pixels[i] = value ? 0xff4040ff : 0));
     mask.putImageData(image, 0, 0);
   };
   const share = () => plane().reduce((sum, value) => sum + value, 0) / (255 * width * height);
@@ -123,7 +124,7 @@ export function createEditor(root, { onNote, onSelect }) {
     const isOpaque = data.every((value, i) => i % 4 < 3 || value === 255);
     const brightness = (i) => 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
     const value = isOpaque ? brightness : (i) => data[i + 3];
-    return Uint8Array.from({ length: width * height }, (_, i) => (value(4 * i) >= 128 ? 255 : 0));
+    return new Uint8Array(width * height).map((_, i) => (value(4 * i) >= 128 ? 255 : 0));
   };
   const load = async (file) => {
     const picture = await createImageBitmap(file);
