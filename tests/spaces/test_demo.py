@@ -62,6 +62,7 @@ def latest(session):
 
 def run(demo, session, mask, version=None, **options):
     options = {"model": demo.shelf.default, "steps": 6, "seed": 3, "edge_margin": 0, **options}
+    session.begin_run()
     return demo.run(session, version or min(session.versions), mask, **options)
 
 
@@ -129,6 +130,12 @@ def test_an_abandoned_run_stops(demo, session, hole):
     for thread in set(threading.enumerate()) - before:
         thread.join(timeout=20)
         assert not thread.is_alive()
+
+
+def test_a_run_that_is_stopped_while_it_waits_does_not_begin(demo, session, hole):
+    waiting = run(demo, session, hole)
+    session.stop()
+    assert list(waiting) == [] and len(session.versions) == 1
 
 
 def test_a_run_that_follows_is_not_stopped_by_the_stop_before(demo, session, hole):

@@ -164,7 +164,9 @@ class Demo:
             raise VisitorError("Nothing is marked yet. Paint over what should go, or click on it.")
         mask = fit_mask(mask, photo.image.height, photo.image.width, stretch=True)
         grown = dilate_mask(mask, edge_margin)
-        stop_flag = session.begin_run()
+        stop_flag = session.stop_flag
+        if stop_flag.exists():  # while it waited
+            return
         yield "note", "Preparing the model; its first time takes a moment…"
         steps = steps or self.shelf.get(source).config.default_num_inference_steps
         context = context_pixels(grown, DEFAULT_CONTEXT if percent is None else percent)

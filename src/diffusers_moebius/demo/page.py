@@ -162,7 +162,7 @@ class Page:
 
         idle = [self.remove, self.stop, self.editor, self.status]
         result = [self.download, self.result_part, self.small_part, self.used, self.options["seed"]]
-        running = self.remove.click(self._wait, None, idle, **DIRECT).then(
+        running = self.remove.click(self._wait, self.state, idle, **DIRECT).then(
             self._run,
             [self.state, self.marked, *self.options.values()],
             [*idle, *result],
@@ -172,7 +172,8 @@ class Page:
             concurrency_id="model",
             api_visibility="private",
         )
-        self.stop.click(self._stop, self.state, idle, cancels=[running], **DIRECT)
+        # Not cancelled by gradio, whose cancelling may arrive so late that it ends the next run instead.
+        self.stop.click(self._stop, self.state, self.status, **DIRECT)
         closed = list(dict.fromkeys([*opened, *idle]))
         self.restart.click(self._start_again, self.state, closed, cancels=[running], **DIRECT)
         # The file is written when it is asked for: a PNG of a large photo takes seconds.
@@ -231,7 +232,8 @@ class Page:
             return tell("add"), status_text(str(error))
 
     @friendly()
-    def _wait(self):
+    def _wait(self, session):
+        _opened(session).begin_run()
         return {
             self.remove: gr.update(interactive=False),
             self.stop: gr.update(visible=True),
@@ -286,9 +288,8 @@ class Page:
 
     @friendly()
     def _stop(self, session):
-        if session is not None:
-            session.stop()
-        return self._idle("Stopped.")
+        _opened(session).stop()
+        return status_text("Stopping…")
 
     @friendly()
     def _write(self, session, marked, file_format):

@@ -59,10 +59,9 @@ class Session:
             )
         return self.versions[version_id]
 
-    def begin_run(self) -> Path:
-        """The stop flag of a new run: a file that is not there."""
+    def begin_run(self) -> None:
+        """Gives the next run a stop flag: a file that is not there."""
         self.stop_flag = self.folder / f"stop-{uuid.uuid4().hex}"
-        return self.stop_flag
 
     def stop(self) -> None:
         """Stops the run that goes on, if any."""

@@ -265,8 +265,6 @@ def fuse_for_inference(unet: nn.Module) -> None:
                 setattr(parent, name, REPLACEMENTS[type(layer)](layer))
             elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
                 setattr(parent, name, PointwiseConv2d(layer))
-    # Each layer keeps the memory format of its input, so that the first decides it for all.
-    unet.conv_in.to(memory_format=torch.channels_last)
     unet.requires_grad_(False)
     unet.is_fused = True
 

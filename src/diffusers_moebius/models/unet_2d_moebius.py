@@ -829,7 +829,8 @@ class MoebiusUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             [`MoebiusUNet2DOutput`], or a tuple of the prediction and, if asked for, the tuple of block outputs.
         """
         temb, encoder_hidden_states = embed_inputs(self, sample, timestep, encoder_hidden_states)
-        hidden_states = self.conv_in(sample)
+        # Each layer keeps the memory format of its input, so that the first decides it for all.
+        hidden_states = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         skips = (hidden_states,)
         block_outputs = ()
         for block in self.down_blocks:
