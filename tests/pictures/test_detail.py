@@ -52,7 +52,7 @@ def test_a_texture_that_grows_darker_goes_on_doing_so_inside():
     difference = torch.from_numpy((result - photo)[50:110]).permute(2, 0, 1)
     assert difference.square().mean() < 0.2 * photo[mask].var(0).mean()
     bands = torch.nn.functional.avg_pool2d(difference, 12).mean(2)  # over whole periods, by rows
-    assert bands.abs().max() < 0.02
+    assert bands.abs().max() < 0.04  # 0.07 without correction
 
 
 def test_the_seed_decides():

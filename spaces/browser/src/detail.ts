@@ -101,7 +101,7 @@ async function detailHole(
   for (let i = 0; i < size; i++) {
     if (!hole.data[i]) continue;
     const [r, g, b] = [low[i], low[size + i], low[2 * size + i]];
-    const weight = Math.exp(-(r * r + g * g + b * b) / (2 * 0.1 ** 2));
+    const weight = Math.exp(-(r * r + g * g + b * b) / (2 * 0.05 ** 2));
     for (let j = i; j < 3 * size; j += size) detailed.data[j] += weight * low[j];
   }
   return detailed;

@@ -17,7 +17,7 @@ export const SETTINGS = {
   exact: 50_000_000,
   searchPixels: 800_000,
   mean: 0.1,
-  shift: 0.1,
+  shift: 0.05,
   gamma: 3,
   spread: 13,
 };
@@ -473,12 +473,12 @@ class Scale {
     const { height, width } = this;
     this.queries.forEach((pixel, query) => {
       const [y, x] = [Math.floor(pixel / width), pixel % width];
-      const own = coarse.index[(y >> 1) * coarse.width + (x >> 1)];
-      const place = own >= 0 ? own : coarse.queries.length - 1;
+      const place = coarse.index[(y >> 1) * coarse.width + (x >> 1)];
+      if (place < 0) return;
       const match = coarse.match[place];
       const row = Math.min(2 * Math.floor(match / coarse.width) + (y % 2), height - 1);
       const column = Math.min(2 * (match % coarse.width) + (x % 2), width - 1);
-      if (own >= 0 && this.valid[row * width + column]) this.match[query] = row * width + column;
+      if (this.valid[row * width + column]) this.match[query] = row * width + column;
       this.distance[query] = coarse.distance[place];
       this.shift.set(coarse.shift.subarray(3 * place, 3 * place + 3), 3 * query);
     });

@@ -55,7 +55,7 @@ class Settings(NamedTuple):
     exact: int = 50_000_000
     search_pixels: int = 800_000
     mean: float = 0.1
-    shift: float = 0.1
+    shift: float = 0.05
     gamma: float = 3.0
     spread: float = 13.0
 
@@ -257,8 +257,9 @@ class _Scale:
         rows = (2 * (match // coarse.width) + rows % 2).clamp(0, self.height - 1)
         columns = (2 * (match % coarse.width) + columns % 2).clamp(0, self.width - 1)
         candidate = rows * self.width + columns
-        self.match = torch.where((place >= 0) & self.valid[candidate], candidate, self.match)
-        self.distance, self.shift = coarse.distance[place], coarse.shift[place]
+        known = place >= 0
+        self.match = torch.where(known & self.valid[candidate], candidate, self.match)
+        self.distance, self.shift = coarse.distance[place] * known, coarse.shift[place] * known[:, None]
 
 
 def fill_with_patches(
@@ -483,7 +484,7 @@ def _detail_hole(
     detailed = fill_with_patches(filled, hole, source, guide, lead, generator)
     # The guide is right about low frequencies where it differs a little: patches drift. Large differences are things.
     low = _blur((guide - detailed) * hole, max(hole.shape) / 64)
-    return detailed + hole * low * torch.exp(-low.square().sum(0) / (2 * 0.1**2))
+    return detailed + hole * low * torch.exp(-low.square().sum(0) / (2 * 0.05**2))
 
 
 def _is_thick(hole: torch.Tensor) -> bool:
