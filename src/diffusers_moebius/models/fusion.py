@@ -24,6 +24,12 @@ def add_(hidden_states: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return hidden_states.add_(other)
 
 
+# There is no public name for it; where it is missing, PyTorch's own product does.
+_linear_by_onednn = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
+
+
 def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """
     `F.linear`, on a CPU by oneDNN, to which PyTorch leaves convolutions but not float32 products.
@@ -31,7 +37,7 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Those go to MKL, which on AMD's processors does without AVX-512 and takes twice as long there.
     """
     by_onednn = (
-        torch.backends.mkldnn.is_available()
+        _linear_by_onednn is not None
         and tokens.device.type == "cpu"
         and tokens.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
@@ -39,7 +45,7 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     )
     if not by_onednn:
         return F.linear(tokens, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(tokens, weight.contiguous(), bias, "none", [], "")  # strided: 1000 x
+    return _linear_by_onednn(tokens, weight.contiguous(), bias, "none", [], "")  # strided: 1000 x
 
 
 def slices(size: int, count: int) -> list[slice]:
