@@ -1,7 +1,4 @@
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,16 +6,10 @@ import torch
 from diffusers_moebius.evaluation.methods import make_method
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def efficiency():
-    sys.path.append(str(SCRIPTS))
-    try:
-        return importlib.import_module("efficiency")
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def efficiency(import_script):
+    return import_script("efficiency")
 
 
 def test_multiply_adds_of_the_full_model(efficiency):

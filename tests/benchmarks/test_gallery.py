@@ -1,24 +1,16 @@
-import importlib
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
-def gallery():
-    sys.path.append(str(SCRIPTS))
-    try:
-        return importlib.import_module("gallery")
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def gallery(import_script):
+    return import_script("gallery")
 
 
 @pytest.fixture

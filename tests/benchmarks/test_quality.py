@@ -1,4 +1,3 @@
-import importlib
 import json
 import os
 import subprocess
@@ -21,12 +20,8 @@ SIZE = 64
 
 
 @pytest.fixture(scope="module")
-def quality():
-    sys.path.append(str(SCRIPT.parent))  # the script's own modules lie beside it
-    try:
-        return importlib.import_module("quality")
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
+def quality(import_script):
+    return import_script("quality")
 
 
 @pytest.fixture(scope="module")

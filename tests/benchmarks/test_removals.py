@@ -1,9 +1,5 @@
 """Removals with a truth: things that are pasted, and the table of what methods make of them."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,16 +8,11 @@ from safetensors.torch import save_file
 
 pytest.importorskip("cv2")
 pytest.importorskip("skimage")
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "removals.py"
 
 
 @pytest.fixture(scope="module")
-def removals():
-    sys.path.append(str(SCRIPT.parent))  # the script's own modules lie beside it
-    try:
-        return importlib.import_module("removals")
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
+def removals(import_script):
+    return import_script("removals")
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,6 +1,5 @@
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,8 @@ FILES = sorted([*ROOT.glob("benchmarks/tables/*.toml"), *ROOT.glob("training/rec
 
 
 @pytest.fixture(scope="module")
-def tables():
-    sys.path.append(str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module("tables")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+def tables(import_script):
+    return import_script("tables")
 
 
 def write_photos(folder):

@@ -1,7 +1,4 @@
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +8,10 @@ from PIL import Image, ImageFilter
 from diffusers_moebius.pictures.mask import dilate_mask
 from diffusers_moebius.training.perceptual import LPIPS
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def without_truth():
-    sys.path.append(str(SCRIPTS))
-    try:
-        return importlib.import_module("without_truth")
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def without_truth(import_script):
+    return import_script("without_truth")
 
 
 @pytest.fixture(scope="module")

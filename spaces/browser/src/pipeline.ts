@@ -36,14 +36,17 @@ export interface ModelConfig {
   multiple: number;
   scalingFactor: number;
   shiftFactor: number;
-  defaults: {
-    steps: number;
-    strength: number;
-    guidanceScale: number;
-    guidanceStart: number;
-    detail: DetailMode;
-    paste: PasteMode;
-  };
+  defaults: Defaults;
+}
+
+/** What a checkpoint says of a run. */
+export interface Defaults {
+  steps: number;
+  strength: number;
+  guidanceScale: number;
+  guidanceStart: number;
+  detail: DetailMode;
+  paste: PasteMode;
 }
 
 export interface Graphs {
@@ -55,13 +58,7 @@ export interface Graphs {
   multiply: Multiply;
 }
 
-export interface Settings {
-  steps: number;
-  strength: number;
-  guidanceScale: number;
-  guidanceStart: number;
-  detail: DetailMode;
-  paste: PasteMode;
+export interface Settings extends Defaults {
   margin: number;
   seed: number;
 }

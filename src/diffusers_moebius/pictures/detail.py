@@ -120,8 +120,8 @@ class _Scale:
         self.valid = _shrink(source & ~hole, radius).flatten()
         self.sources = self.valid.nonzero()[:, 0]
         is_query = _grow(hole, radius)
-        self.is_query, self.queries = is_query.flatten(), is_query.flatten().nonzero()[:, 0]
-        self.index = torch.full_like(self.is_query, -1, dtype=torch.long)  # of each position among the queries
+        self.queries = is_query.flatten().nonzero()[:, 0]
+        self.index = torch.full_like(is_query.flatten(), -1, dtype=torch.long)  # of each position among the queries
         self.index[self.queries] = torch.arange(len(self.queries), device=hole.device)
         self.match = self.random_sources(len(self.queries))
         self.distance = torch.zeros(len(self.queries), device=hole.device)

@@ -1,0 +1,21 @@
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="session")
+def import_script():
+    """Imports a script of `benchmarks/` by its name; its own modules lie beside it."""
+
+    def load(name):
+        sys.path.append(str(BENCHMARKS))
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(str(BENCHMARKS))
+
+    return load
