@@ -1,42 +1,16 @@
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from diffusers_moebius.training.perceptual import LPIPS
-
 pytest.importorskip("skimage")
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def sampling():
-    sys.path.insert(0, str(BENCHMARKS))  # as for a script, whose folder Python puts there
-    try:
-        spec = importlib.util.spec_from_file_location("sampling", BENCHMARKS / "sampling.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
-
-
-@pytest.fixture(scope="module")
-def lpips():
-    """AlexNet's shape with few channels and random weights."""
-    generator = torch.Generator().manual_seed(0)
-    weights, channels = {}, 3
-    for i, (width, kernel) in enumerate([(4, 11), (5, 5), (6, 3), (4, 3), (3, 3)]):
-        weights[f"conv.{i}.weight"] = torch.randn(width, channels, kernel, kernel, generator=generator) / kernel
-        weights[f"conv.{i}.bias"] = torch.zeros(width)
-        weights[f"head.{i}"] = torch.rand(width, generator=generator)
-        channels = width
-    return LPIPS(weights).eval()
+def sampling(import_script):
+    return import_script("sampling")
 
 
 @pytest.fixture

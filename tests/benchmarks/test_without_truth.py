@@ -2,29 +2,14 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageFilter
 
 from diffusers_moebius.pictures.mask import dilate_mask
-from diffusers_moebius.training.perceptual import LPIPS
 
 
 @pytest.fixture(scope="module")
 def without_truth(import_script):
     return import_script("without_truth")
-
-
-@pytest.fixture(scope="module")
-def lpips():
-    """AlexNet's shape with few channels and random weights."""
-    generator = torch.Generator().manual_seed(0)
-    weights, channels = {}, 3
-    for i, (width, kernel) in enumerate([(6, 11), (6, 5), (6, 3), (6, 3), (6, 3)]):
-        weights[f"conv.{i}.weight"] = torch.randn(width, channels, kernel, kernel, generator=generator) / kernel
-        weights[f"conv.{i}.bias"] = torch.zeros(width)
-        weights[f"head.{i}"] = torch.rand(width, generator=generator)
-        channels = width
-    return LPIPS(weights).eval()
 
 
 def noise(seed):
