@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not isinstance(pipeline.unet, MoebiusUNet2DModel):
         raise ValueError(f"The student must be a MoebiusUNet2DModel, but is a {type(pipeline.unet).__name__}.")
     teacher, teacher_embedder = teacher_pipeline.unet, teacher_pipeline.lcg_embedder
-    model = prepare_denoiser(args, pipeline)
+    model = prepare_denoiser(args, pipeline, accelerator)
     pipeline.vae.to(device)
     dataset = build_dataset(args, pipeline.vae, accelerator)
     noise_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)

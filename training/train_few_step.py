@@ -23,7 +23,7 @@ from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
-from diffusers_moebius.training.adapters import add_adapter, add_lora_arguments, checkpoint_adapter_alone
+from diffusers_moebius.training.adapters import add_lora_arguments
 from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
 from diffusers_moebius.training.data import build_dataset, describe_dataset
 from diffusers_moebius.training.denoiser import prepare_denoiser
@@ -77,7 +77,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--lpips_weights",
         help="safetensors file of an LPIPS network, to measure it in validation; default: PSNR alone",
     )
-    add_lora_arguments(parser, rank=None)
+    add_lora_arguments(parser)
     add_training_arguments(parser)
     parser.set_defaults(learning_rate=1e-5, weight_decay=0.0, freeze_batch_norm=True, hole_loss_weight=10.0)
     # The guidance of the teacher's two kinds of tokens is baked into the background tokens.
@@ -140,8 +140,6 @@ def main(arguments: list[str] | None = None) -> None:
     check_schedules(pipeline, teacher_pipeline)
     teacher = teacher_pipeline.unet
     pipeline.lcg_embedder.requires_grad_(False)
-    if args.rank is not None:
-        add_adapter(args, pipeline.unet)
     pipeline.register_modules(scheduler=few_step_scheduler(pipeline.scheduler))
     pipeline.register_to_config(
         default_num_inference_steps=args.num_inference_steps,
@@ -149,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         default_strength=1.0,
         default_guidance_start=0.0,
     )
-    model = prepare_denoiser(args, pipeline)
+    model = prepare_denoiser(args, pipeline, accelerator)
     pipeline.vae.to(device)
     dataset = build_dataset(args, pipeline.vae, accelerator)
     schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -182,8 +180,6 @@ def main(arguments: list[str] | None = None) -> None:
         discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), **options)
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
 
-    if args.rank is not None:
-        checkpoint_adapter_alone(accelerator, model)
     model, optimizer = loop.prepare(model, partial(save_parts, pipeline))
 
     scores, known = {}, {}

@@ -6,7 +6,8 @@ From scratch, on latents that are encoded once:
     accelerate launch training/train_inpainting.py --unet_config unet.json --vae madebyollin/taesdxl \\
         --train_data_dir photos/ --cache_latents runs/cache-128 --resolution 128 --output_dir runs/nano
 
-Fine-tuning a pipeline, with latents encoded in every step:
+Fine-tuning a pipeline, with latents encoded in every step; with `--rank 16` by LoRA, small matrices beside frozen
+layers, a few megabytes to share that `pipe.load_lora_weights("runs/tuned")` loads:
 
     accelerate launch training/train_inpainting.py --pretrained_model_name_or_path hustvl/Moebius \\
         --train_shards_path_or_url "shards/photos-*.tar" --resolution 512 --output_dir runs/tuned
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
+from diffusers_moebius.training.adapters import add_lora_arguments
 from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
 from diffusers_moebius.training.data import build_dataset, describe_dataset
 from diffusers_moebius.training.denoiser import DecodingDenoiser, prepare_denoiser
@@ -47,6 +49,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lpips_weights", help="safetensors file with the LPIPS network; default: that of the `lpips` package")
     add("--l1_weight", type=float, default=0.0, help="weight of its absolute error, in [-1, 1]")
     add("--train_decoder", action="store_true", help="train the decoder of the autoencoder too, by these two")
+    add_lora_arguments(parser)
     add_training_arguments(parser)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
@@ -58,6 +61,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("`--train_decoder` needs `--lpips_weight` or `--l1_weight`")
     if (args.lpips_weight or args.l1_weight) and args.cache_latents is not None:
         parser.error("`--lpips_weight` and `--l1_weight` compare with photos, which `--cache_latents` does not keep")
+    if args.rank is not None:
+        if args.unet_config or args.prediction_type or args.train_decoder:
+            parser.error("`--rank` goes with none of `--unet_config`, `--prediction_type` and `--train_decoder`")
+        args.freeze_batch_norm = True
     return args
 
 
@@ -80,7 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     # model and data
     pipeline = build_pipeline(args)
-    model = prepare_denoiser(args, pipeline)
+    if args.rank is not None:
+        pipeline.lcg_embedder.requires_grad_(False)
+    model = prepare_denoiser(args, pipeline, accelerator)
     pipeline.vae.to(device)
     dataset = build_dataset(args, pipeline.vae, accelerator)
     noise_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -91,8 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
         model = DecodingDenoiser(model, pipeline.vae, noise_schedule)
     num_embeddings = model.lcg_embedder.config.num_embeddings
     validation = Validation(args, pipeline.vae) if args.validation_data and loop.is_main else None
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    logger.info("%s, %.1f M parameters", describe_dataset(args, dataset), size)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info("%s, %.2f M parameters are trained", describe_dataset(args, dataset), trained / 1e6)
 
     model, optimizer = loop.prepare(model, partial(save_parts, pipeline))
 
@@ -100,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         batch = with_latents(batch, pipeline.vae, generators)
         return noise_batch(args, noise_schedule, batch, generators, num_embeddings, loop.reduce)
 
-    scores = {}
+    scores, known = {}, {}
     for batch, generators in loop.batches(dataset):
         with loop.accumulate():
             noised = noise(batch, generators)
@@ -120,7 +129,12 @@ def main(arguments: list[str] | None = None) -> None:
         loop.end_batch(logged)
 
         if validation is not None and loop.is_due(args.validation_steps):
-            scores = validation.run(loop, pipeline, noise_schedule, {})
+            if args.rank is not None and not known:
+                pipeline.disable_lora()
+                with loop.validation():
+                    known["without the adapter"] = validation.fill(pipeline)
+                pipeline.enable_lora()
+            scores = validation.run(loop, pipeline, noise_schedule, known)
 
     # result
     if loop.finished:

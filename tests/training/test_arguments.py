@@ -3,7 +3,7 @@ import argparse
 import pytest
 from runs import load_script
 
-SCRIPTS = ("train_distillation", "train_few_step", "train_inpainting", "train_lora", "train_tiny_vae")
+SCRIPTS = ("train_distillation", "train_few_step", "train_inpainting", "train_tiny_vae")
 
 
 class Built(Exception):

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,10 +18,9 @@ TARGET_MODULES = (
 CHECKPOINT_FILE = "adapter.safetensors"
 
 
-def add_lora_arguments(parser: argparse.ArgumentParser, rank: int | None) -> None:
+def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("LoRA").add_argument
-    whole = "" if rank is not None else "; default: no LoRA, the whole U-Net is trained"
-    add("--rank", type=int, default=rank, help=f"of the two matrices beside each layer{whole}")
+    add("--rank", type=int, help="of the two matrices beside each layer; default: no LoRA, the whole U-Net is trained")
     add("--lora_alpha", type=float, help="their product is scaled by alpha / rank; default: the rank")
     add("--lora_dropout", type=float, default=0.0, help="share of a layer's input that its adapter does not see")
     add(
@@ -33,28 +33,28 @@ def add_lora_arguments(parser: argparse.ArgumentParser, rank: int | None) -> Non
 
 def find_target_modules(unet: nn.Module, names: list[str] | None) -> list[str]:
     """The names, of those given or else of the default ones, in which names of layers of the model end."""
-    found = {name: [] for name in names or TARGET_MODULES}
-    for path, module in unet.named_modules():
-        for name in found:
-            if f".{path}".endswith(f".{name}"):
-                found[name].append((path, module))
-    if names is None:
-        return [name for name in found if found[name]]
-    for name, layers in found.items():
-        if not layers:
-            raise ValueError(f"`--target_modules` must name layers of {type(unet).__name__}, but {name} is none.")
-        for path, module in layers:
+    layers, targets = dict(unet.named_modules()), []
+    for name in names or TARGET_MODULES:
+        found = [path for path in layers if f".{path}".endswith(f".{name}")]
+        for path in found:
             # Neither grouped convolutions nor position filters can have an adapter that can be fused.
-            if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) > 1:
+            if not isinstance(layers[path], nn.Linear | nn.Conv2d) or getattr(layers[path], "groups", 1) > 1:
                 raise ValueError(
                     f"`--target_modules` must name linear layers and ungrouped 2-D convolutions, but {name} is also"
-                    f" {path}, a {type(module).__name__}."
+                    f" {path}, a {type(layers[path]).__name__}."
                 )
-    return list(found)
+        if names and not found:
+            raise ValueError(f"`--target_modules` must name layers of {type(unet).__name__}, but {name} is none.")
+        targets += [name] if found else []
+    return targets
 
 
-def add_adapter(args: argparse.Namespace, unet: nn.Module) -> None:
-    """Freezes a U-Net and puts an adapter beside its layers."""
+def add_adapter(args: argparse.Namespace, unet: nn.Module, accelerator: Accelerator) -> None:
+    """
+    Freezes a U-Net, puts an adapter beside its layers, and makes checkpoints hold that instead of the whole.
+
+    What they hold are the weights that it learns, which are not those that `--use_ema` averages.
+    """
     unet.requires_grad_(False)
     config = LoraConfig(
         r=args.rank,
@@ -64,6 +64,21 @@ def add_adapter(args: argparse.Namespace, unet: nn.Module) -> None:
         init_lora_weights="gaussian",
     )
     unet.add_adapter(config)
+
+    def is_other(model: nn.Module) -> bool:
+        return getattr(accelerator.unwrap_model(model), "unet", None) is not unet
+
+    def save_state(models, weights, folder):
+        weights[:] = [state for model, state in zip(models, weights) if is_other(model)]
+        if accelerator.is_main_process:
+            save_file(_adapter_weights(unet), Path(folder) / CHECKPOINT_FILE)
+
+    def load_state(models, folder):
+        models[:] = filter(is_other, models)
+        set_peft_model_state_dict(unet, load_file(Path(folder) / CHECKPOINT_FILE))
+
+    accelerator.register_save_state_pre_hook(save_state)
+    accelerator.register_load_state_pre_hook(load_state)
 
 
 def has_adapter(unet: nn.Module) -> bool:
@@ -79,31 +94,3 @@ def save_adapter(pipeline, folder: Path) -> None:
     """Writes the adapter of a pipeline's U-Net as diffusers' pipelines load it."""
     metadata = pipeline.unet.peft_config["default"].to_dict()
     pipeline.save_lora_weights(folder, _adapter_weights(pipeline.unet), unet_lora_adapter_metadata=metadata)
-
-
-def checkpoint_adapter_alone(accelerator, denoiser: nn.Module) -> None:
-    """
-    Makes checkpoints hold a denoiser's adapter instead of all its weights.
-
-    These are the weights it learns, which are not those that `--use_ema` averages.
-
-    Args:
-        accelerator (`Accelerator`): Of the run.
-        denoiser ([`ConditionedDenoiser`]): Its U-Net has the adapter.
-    """
-
-    def remove_denoiser(models, parallel):
-        kept = [entry for model, entry in zip(models, parallel) if accelerator.unwrap_model(model) is not denoiser]
-        parallel[:] = kept
-
-    def save_state(models, weights, folder):
-        remove_denoiser(models, weights)
-        if accelerator.is_main_process:
-            save_file(_adapter_weights(denoiser.unet), Path(folder) / CHECKPOINT_FILE)
-
-    def load_state(models, folder):
-        remove_denoiser(list(models), models)
-        set_peft_model_state_dict(denoiser.unet, load_file(Path(folder) / CHECKPOINT_FILE))
-
-    accelerator.register_save_state_pre_hook(save_state)
-    accelerator.register_load_state_pre_hook(load_state)

@@ -3,12 +3,14 @@
 import argparse
 
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler
 from torch import nn
 
 from ..models.latent_categories import LatentCategoriesEmbedder
 from ..pipelines.latents import decode_latents
 from ..pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
+from .adapters import add_adapter
 from .objective import clean_of
 
 
@@ -52,8 +54,12 @@ class DecodingDenoiser(ConditionedDenoiser):
         return output
 
 
-def prepare_denoiser(args: argparse.Namespace, pipeline: MoebiusInpaintPipeline) -> ConditionedDenoiser:
-    """The pipeline's U-Net and embedder as one module, with the memory savers and layouts that were asked for."""
+def prepare_denoiser(
+    args: argparse.Namespace, pipeline: MoebiusInpaintPipeline, accelerator: Accelerator
+) -> ConditionedDenoiser:
+    """The pipeline's U-Net and embedder as one module, with adapter, memory savers and layouts as asked for."""
+    if getattr(args, "rank", None) is not None:
+        add_adapter(args, pipeline.unet, accelerator)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
     for module in pipeline.unet.modules():  # a quarter faster on a processor, and what tensor cores like

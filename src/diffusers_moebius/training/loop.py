@@ -37,7 +37,7 @@ class TrainingLoop:
     """
     The loop of a training script.
 
-    A script has the step in its own text, see `training/train_lora.py`. What is the same for all is here: optimiser,
+    A script has the step in its own text, see `training/train_inpainting.py`. What is the same for all is here: optimiser,
     learning rate, batches and their randomness, average of the weights, logs, checkpoints, signals.
 
     A step whose loss or gradient is not finite in any process is skipped in all of them: the weights, their average

@@ -19,7 +19,7 @@ FILE = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("train_lora")
+    return load_script("train_inpainting")
 
 
 def save_pipeline(folder, vae_dir, unet):
