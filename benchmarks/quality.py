@@ -73,6 +73,7 @@ from quality_report import (
 )
 from tqdm.auto import tqdm
 
+from diffusers_moebius.evaluation.lpips import ALEXNET, LPIPS
 from diffusers_moebius.evaluation.methods import (
     CLASSICAL,
     Method,
@@ -82,7 +83,6 @@ from diffusers_moebius.evaluation.methods import (
     read_settings,
     split_names,
 )
-from diffusers_moebius.training.perceptual import ALEXNET, LPIPS
 
 PUBLISHED = ("hustvl/Moebius", "hustvl/PixelHacker")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from diffusers_moebius.training.masks import random_mask
+from diffusers_moebius.pictures.random_mask import random_mask
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

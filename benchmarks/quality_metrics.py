@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from skimage.metrics import structural_similarity
 
-from diffusers_moebius.training.perceptual import LPIPS, distance_map
+from diffusers_moebius.evaluation.lpips import LPIPS, distance_map
 
 # Takes pictures `[B, 3, H, W]` in `uint8`, returns features `[B, features]`.
 FeatureExtractor = Callable[[torch.Tensor], torch.Tensor]

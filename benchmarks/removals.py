@@ -28,9 +28,9 @@ from quality_metrics import lpips_in_hole_and_picture, psnr
 from tqdm.auto import tqdm
 
 from diffusers_moebius import MoebiusInpaintPipeline
+from diffusers_moebius.evaluation.lpips import ALEXNET, LPIPS
 from diffusers_moebius.evaluation.methods import Method, make_method
 from diffusers_moebius.pictures.mask import dilate_mask, mask_box, removal_dilation
-from diffusers_moebius.training.perceptual import ALEXNET, LPIPS
 
 # Photo of skimage.data, and an ellipse (left, top, right, bottom) or a polygon of what is to go.
 CASES = (

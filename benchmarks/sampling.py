@@ -26,8 +26,8 @@ from quality_metrics import lpips_in_hole_and_picture, psnr
 from tqdm.auto import tqdm
 
 from diffusers_moebius import MoebiusInpaintPipeline
+from diffusers_moebius.evaluation.lpips import LPIPS
 from diffusers_moebius.evaluation.methods import blank_hole
-from diffusers_moebius.training.perceptual import LPIPS
 
 SAMPLERS = {
     "DDIM": DDIMScheduler,

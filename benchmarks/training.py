@@ -87,13 +87,12 @@ def measure_balance(student_widths, teacher_widths, size: int, batch: int, repea
         output = student(sample, timesteps, tokens, output_hidden_states=True)
         with torch.no_grad():
             teacher_output = teacher(sample, timesteps, tokens, output_hidden_states=True)
-        losses = distillation_losses(
-            output, teacher_output, noise, latents, output.sample, lambda a, b: (a - b).abs().mean((1, 2, 3))
-        )
+        losses = distillation_losses(output, teacher_output, noise)
+        losses["perceptual"] = (output.sample - latents).abs().mean()
         if mode is None:
             sum(losses.values()).backward()
         else:
-            AdaptiveBalance(student, mode)(losses, output.sample).total.backward()
+            AdaptiveBalance(student, mode)(losses, output.sample).backward()
 
     modes = {"added up": None, "release": "release", "paper": "paper"}
     times = time_in_turns({name: partial(step, mode) for name, mode in modes.items()}, repeats)

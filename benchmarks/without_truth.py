@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from PIL import Image
 from quality_report import picture_path
 
+from diffusers_moebius.evaluation.lpips import LPIPS, distance_map
 from diffusers_moebius.pictures.mask import dilate_mask
-from diffusers_moebius.training.perceptual import LPIPS, distance_map
 
 
 def to_tensor(picture: np.ndarray) -> torch.Tensor:

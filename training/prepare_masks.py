@@ -19,18 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForMaskGeneration,
-    AutoModelForUniversalSegmentation,
-    AutoProcessor,
-)
 
 from diffusers_moebius.pictures.files import replace_file
 from diffusers_moebius.pictures.mask import dilate_mask
+from diffusers_moebius.training.arguments import training_parser
 from diffusers_moebius.training.picture_sources import list_pictures, read_picture
 
 logger = logging.getLogger("prepare_masks")
@@ -43,9 +38,7 @@ Segments = list[tuple[np.ndarray, float, str | None]]  # mask [H, W], score, lab
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = training_parser(__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="segmentation model, a hub repository or a folder")
     add("--revision", help="its branch, tag or commit")
@@ -72,15 +65,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def load_segmenter(args: argparse.Namespace) -> Callable[[Image.Image], Segments]:
     """A function from a photo to the masks in it, from whichever of the two kinds the model is."""
     name, options = args.pretrained_model_name_or_path, {"revision": args.revision}
-    config = AutoConfig.from_pretrained(name, **options)
+    config = transformers.AutoConfig.from_pretrained(name, **options)
     is_sam = config.model_type.startswith("sam")
     if not is_sam and not config.model_type.startswith(("mask2former", "maskformer", "eomt")):
         raise ValueError(
             "`pretrained_model_name_or_path` must be a Mask2Former, a MaskFormer, an EoMT or a"
             f" SAM, but {name!r} is of type {config.model_type!r}."
         )
-    processor = (AutoProcessor if is_sam else AutoImageProcessor).from_pretrained(name, **options)
-    model_class = AutoModelForMaskGeneration if is_sam else AutoModelForUniversalSegmentation
+    processor = transformers.AutoProcessor.from_pretrained(name, **options)
+    model_class = transformers.AutoModelForMaskGeneration if is_sam else transformers.AutoModelForUniversalSegmentation
     model = model_class.from_pretrained(name, **options).to(args.device).eval()
 
     if is_sam:
@@ -150,7 +143,6 @@ def choose(segments: Segments, args: argparse.Namespace) -> list[tuple[np.ndarra
 
 
 def save_mask(mask: np.ndarray, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         Image.fromarray(mask).convert("L").save(file, "PNG")
 
@@ -188,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with metadata.open("a") as file:
         for number, folder, record in tqdm(photos, mininterval=5):
-            path = record.picture.path
+            path = Path(record.name)
             image = Path(os.path.relpath(path, output_dir)).as_posix()
             if image in done:
                 continue
@@ -196,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
             if picture is None:
                 unreadable.append(str(path))
                 continue
-            for count, (mask, category) in enumerate(choose(segment(picture.image), args)):
+            for count, (mask, category) in enumerate(choose(segment(picture[0]), args)):
                 name = f"masks/{number}/{path.relative_to(folder).as_posix()}-{count}.mask.png"
                 save_mask(mask, output_dir / name)
                 lines.append(json.dumps({"image": image, "mask": name, "category": category}) + "\n")

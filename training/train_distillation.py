@@ -14,26 +14,30 @@ interrupted run (Ctrl-C, SIGTERM, a crash) goes on with `--resume_from_checkpoin
 """
 
 import argparse
-import logging
 from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
 
+from diffusers_moebius.evaluation.lpips import LPIPS
+from diffusers_moebius.loaders.hub import load_vae
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
+from diffusers_moebius.pipelines.latents import decode_latents
 from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
-from diffusers_moebius.training.data import build_dataset, describe_dataset
+from diffusers_moebius.training.data import build_dataset
 from diffusers_moebius.training.denoiser import prepare_denoiser
-from diffusers_moebius.training.distillation import BALANCES, AdaptiveBalance, distillation_losses
+from diffusers_moebius.training.distillation import (
+    BALANCES,
+    AdaptiveBalance,
+    distillation_losses,
+    load_elatentlpips,
+)
 from diffusers_moebius.training.latent_cache import with_latents
 from diffusers_moebius.training.loop import TrainingLoop
 from diffusers_moebius.training.objective import clean_of, noise_batch
-from diffusers_moebius.training.perceptual import build_perceptual_loss, check_perceptual_loss
 from diffusers_moebius.training.results import save_parts, write_results
 from diffusers_moebius.training.starting_point import build_pipeline, check_schedules, load_teacher
 from diffusers_moebius.training.validation import Validation
-
-logger = logging.getLogger("train_distillation")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,19 +46,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--unet_config", help="JSON file with the arguments of the student's U-Net, to start from scratch")
     add("--pretrained_teacher_model_name_or_path", required=True, help="pipeline folder or hub repository")
     add("--teacher_checkpoint", help="which of its published checkpoints, for example pretrained")
-    add(
-        "--losses",
-        nargs="+",
-        choices=("coarse", "fine", "task"),
-        default=["coarse", "fine", "task"],
-        help="features, the teacher's prediction, the true noise",
-    )
-    add(
-        "--perceptual_loss",
-        choices=("elatentlpips", "lpips", "none"),
-        default="elatentlpips",
-        help="elatentlpips: the paper's, by its own package; lpips: LPIPS of the decoded latents, slower",
-    )
+    losses = ["coarse", "fine", "task"]
+    add("--losses", nargs="+", choices=losses, default=losses, help="features, the teacher's prediction, true noise")
+    kinds = ("elatentlpips", "lpips", "none")
+    add("--perceptual_loss", choices=kinds, default=kinds[0], help="the paper's; or LPIPS of decoded latents, slower")
     add("--perceptual_encoder", choices=("sd15", "sd21", "sdxl"), default="sdxl", help="latent space of elatentlpips")
     add("--lpips_weights", help="safetensors file with the LPIPS network; default: that of the `lpips` package")
     add("--lpips_vae", help="autoencoder that decodes the latents for lpips; default: the student's")
@@ -71,12 +66,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    check_perceptual_loss(args)
     loop = TrainingLoop(args, "moebius-distillation")
     accelerator, device = loop.accelerator, loop.accelerator.device
 
-    # models and data
+    # models and data; a package that is missing is known before anything large is loaded
+    perceptual_loss = None
+    if args.perceptual_loss == "elatentlpips":
+        perceptual_loss = load_elatentlpips(args.perceptual_encoder, args.balance == "release", device)
     teacher_pipeline = load_teacher(args, device)
     pipeline = build_pipeline(args, teacher_pipeline)
     check_schedules(pipeline, teacher_pipeline)
@@ -84,21 +80,24 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"The student must be a MoebiusUNet2DModel, but is a {type(pipeline.unet).__name__}.")
     teacher, teacher_embedder = teacher_pipeline.unet, teacher_pipeline.lcg_embedder
     model = prepare_denoiser(args, pipeline, accelerator)
-    pipeline.vae.to(device)
-    dataset = build_dataset(args, pipeline.vae, accelerator)
+    dataset = build_dataset(args, accelerator, pipeline.vae)
     noise_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
     num_embeddings = model.lcg_embedder.config.num_embeddings
-    perceptual_loss = build_perceptual_loss(args, pipeline.vae, device)
+    if args.perceptual_loss == "lpips":
+        decoder = load_vae(args.lpips_vae).requires_grad_(False).to(device) if args.lpips_vae else pipeline.vae
+        lpips = LPIPS.from_pretrained(args.lpips_weights).to(device)
+
+        def perceptual_loss(latents, target):
+            return lpips(decode_latents(decoder, latents), decode_latents(decoder, target))
+
     validation = Validation(args, pipeline.vae) if args.validation_data and loop.is_main else None
-    sizes = [sum(p.numel() for p in unet.parameters()) / 1e6 for unet in (pipeline.unet, teacher)]
-    logger.info("%s, student of %.1f M parameters, teacher of %.1f M", describe_dataset(args, dataset), *sizes)
 
     balance = AdaptiveBalance(pipeline.unet, args.balance, loop.reduce)
     if args.torch_compile:
         # The balance goes through the graph more than once, so a compiled backward pass must leave it its tensors.
         torch._functorch.config.donated_buffer = False
 
-    model, optimizer = loop.prepare(model, partial(save_parts, pipeline))
+    model, optimizer = loop.prepare(model, dataset, partial(save_parts, pipeline))
 
     def noise(batch, generators):
         batch = with_latents(batch, pipeline.vae, generators)
@@ -106,8 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     needs_teacher = "coarse" in args.losses or "fine" in args.losses
     scores, known = {}, {}
-    for batch, generators in loop.batches(dataset):
-        with loop.accumulate():
+    for batch, generators in loop.batches():
+        with accelerator.accumulate(model):
             noised = noise(batch, generators)
             output = model(noised.model_input, noised.timesteps, noised.category_ids, output_hidden_states=True)
             teacher_output = None
@@ -116,19 +115,11 @@ def main(arguments: list[str] | None = None) -> None:
                     tokens = teacher_embedder(noised.category_ids).embeds
                     sample = noised.model_input.to(teacher.dtype)
                     teacher_output = teacher(sample, noised.timesteps, tokens, output_hidden_states=True)
-            clean = clean_of(output.sample, noised.noisy_latents, noised.timesteps, noise_schedule)
-            losses = distillation_losses(
-                output,
-                teacher_output,
-                noised.target,
-                noised.latents,
-                clean,
-                perceptual_loss,
-                args.losses,
-                noised.weight,
-            )
-            balanced = balance(losses, output.sample)
-            loss = balanced.total
+            losses = distillation_losses(output, teacher_output, noised.target, args.losses, noised.weight)
+            if perceptual_loss is not None:
+                clean = clean_of(output.sample, noised.noisy_latents, noised.timesteps, noise_schedule)
+                losses["perceptual"] = perceptual_loss(clean, noised.latents).mean()
+            loss = balance(losses, output.sample)
             if loop.is_finite(loss):
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -136,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
                     if loop.may_step(norm):
                         optimizer.step()
         logged = {"loss": loss, "hole_error": noised.hole_error(output.sample), **losses}
-        loop.end_batch(logged | {f"weight_{name}": value for name, value in balanced.weights.items()})
+        loop.end_batch(logged | {f"weight_{name}": value for name, value in balance.weights.items()})
 
         if validation is not None and loop.is_due(args.validation_steps):
             if not known:
@@ -145,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # result
     if loop.finished:
-        write_results(loop, pipeline, dataset, scores, noise)
+        write_results(loop, pipeline, scores, noise)
     accelerator.end_training()
 
 

@@ -15,40 +15,35 @@ run (Ctrl-C, SIGTERM, a crash) goes on with `--resume_from_checkpoint latest`.
 """
 
 import argparse
-import logging
 from functools import partial
 
 import torch
 from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_moebius.evaluation.lpips import LPIPS
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
-from diffusers_moebius.training.adapters import add_lora_arguments
 from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
-from diffusers_moebius.training.data import build_dataset, describe_dataset
+from diffusers_moebius.training.data import build_dataset
 from diffusers_moebius.training.denoiser import prepare_denoiser
 from diffusers_moebius.training.distillation import shortened
 from diffusers_moebius.training.few_step import (
     LatentDiscriminator,
     consistency_loss,
     discriminator_loss,
-    few_step_scheduler,
     generator_loss,
     gradient_penalty,
     guided_prediction,
     phase_ends,
     solver_step,
-    solver_timesteps,
 )
 from diffusers_moebius.training.latent_cache import with_latents
 from diffusers_moebius.training.loop import TrainingLoop
 from diffusers_moebius.training.objective import clean_of, noise_batch
-from diffusers_moebius.training.perceptual import LPIPS
 from diffusers_moebius.training.results import save_parts, write_results
 from diffusers_moebius.training.starting_point import build_pipeline, check_schedules, load_teacher
 from diffusers_moebius.training.validation import Validation
 
-logger = logging.getLogger("train_few_step")
 VALIDATED_STEPS = (1, 2, 4)
 
 
@@ -73,12 +68,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--discriminator_learning_rate", type=float, default=1e-3, help="of AdamW, constant")
     add("--num_inference_steps", type=int, default=4, help="steps that it is trained for: phases of the path")
     add("--teacher_inference_steps", type=int, default=20, help="steps of the teacher in validation")
-    add(
-        "--lpips_weights",
-        help="safetensors file of an LPIPS network, to measure it in validation; default: PSNR alone",
-    )
-    add_lora_arguments(parser)
-    add_training_arguments(parser)
+    add("--lpips_weights", help="safetensors file of an LPIPS network, for validation; default: PSNR alone")
+    add_training_arguments(parser, lora=True)
     parser.set_defaults(learning_rate=1e-5, weight_decay=0.0, freeze_batch_norm=True, hole_loss_weight=10.0)
     # The guidance of the teacher's two kinds of tokens is baked into the background tokens.
     parser.set_defaults(foreground_probability=0.0)
@@ -91,14 +82,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.num_solver_steps < 1 or 1000 % args.num_solver_steps:
         parser.error(f"`--num_solver_steps` must divide 1000, but is {args.num_solver_steps}")
     if args.num_inference_steps < 1 or args.num_solver_steps % args.num_inference_steps:
-        parser.error(
-            f"`--num_inference_steps` must divide `--num_solver_steps`, {args.num_solver_steps}, but is"
-            f" {args.num_inference_steps}"
-        )
+        parser.error(f"`--num_inference_steps` must divide `--num_solver_steps`, but is {args.num_inference_steps}")
     if args.teacher_guidance_scale and len(args.teacher_guidance_scale) > 2:
         parser.error("`--teacher_guidance_scale` must be one number or two")
     if not args.train_timesteps:
-        args.train_timesteps = solver_timesteps(args.num_solver_steps)
+        interval = 1000 // args.num_solver_steps
+        args.train_timesteps = list(range(interval - 1, 1000, interval))
     if args.pretrained_model_name_or_path is None:  # the student begins as its teacher
         args.pretrained_model_name_or_path = args.pretrained_teacher_model_name_or_path
         args.checkpoint = args.checkpoint or args.teacher_checkpoint
@@ -108,29 +97,29 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def validate(validation: Validation, teacher: MoebiusInpaintPipeline, pipeline, args, lpips, known: dict) -> tuple:
     """Rows of pictures and scores: the student at 1, 2 and 4 steps, the teacher at many and, with UniPC, at as few."""
     if not known:
-        steps = {"num_inference_steps": args.teacher_inference_steps, "guidance_scale": None}
-        known["teacher"] = validation.fill(teacher, **steps)
+        options = {"num_inference_steps": args.teacher_inference_steps, "guidance_scale": None}
+        known["teacher"] = validation.fill(teacher, **options)
         for steps in VALIDATED_STEPS:
             plain = MoebiusInpaintPipeline.from_pipe(teacher, default_num_inference_steps=1000).use_few_steps(steps)
             known[f"teacher, UniPC {steps}"] = validation.fill(plain, num_inference_steps=None, guidance_scale=None)
     rows = dict(known)
     for steps in VALIDATED_STEPS:
-        options = {"num_inference_steps": steps, "guidance_scale": 1.0}
-        rows[f"student, {steps}"] = validation.fill(pipeline, **options)
-    scores = {}
-    for name, pictures in rows.items():
-        for other, target in (("teacher", known["teacher"]), ("photo", validation.photos)):
-            if name != other:
-                scores[f"{name}: PSNR to {other}"] = validation.hole_psnr(pictures, target).mean().item()
-                if lpips is not None:
-                    distance = validation.hole_lpips(lpips, pictures, target).mean().item()
-                    scores[f"{name}: LPIPS to {other}"] = distance
+        rows[f"student, {steps}"] = validation.fill(pipeline, num_inference_steps=steps, guidance_scale=1.0)
+    targets, metrics = {"teacher": known["teacher"], "photo": validation.photos}, {"PSNR": validation.hole_psnr}
+    if lpips is not None:
+        metrics["LPIPS"] = partial(validation.hole_lpips, lpips)
+    scores = {
+        f"{name}: {kind} to {other}": metric(pictures, target).mean().item()
+        for name, pictures in rows.items()
+        for other, target in targets.items()
+        for kind, metric in metrics.items()
+        if name != other
+    }
     return rows, scores
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     loop = TrainingLoop(args, "moebius-few-step")
     accelerator, device = loop.accelerator, loop.accelerator.device
 
@@ -140,7 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
     check_schedules(pipeline, teacher_pipeline)
     teacher = teacher_pipeline.unet
     pipeline.lcg_embedder.requires_grad_(False)
-    pipeline.register_modules(scheduler=few_step_scheduler(pipeline.scheduler))
+    # The sampler goes along the teacher's path, in even steps from pure noise; one that noises anew would leave it.
+    schedule = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+    pipeline.register_modules(scheduler=schedule)
     pipeline.register_to_config(
         default_num_inference_steps=args.num_inference_steps,
         default_guidance_scale=1.0,
@@ -148,20 +139,15 @@ def main(arguments: list[str] | None = None) -> None:
         default_guidance_start=0.0,
     )
     model = prepare_denoiser(args, pipeline, accelerator)
-    pipeline.vae.to(device)
-    dataset = build_dataset(args, pipeline.vae, accelerator)
-    schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
+    dataset = build_dataset(args, accelerator, pipeline.vae)
     interval, alphas = schedule.config.num_train_timesteps // args.num_solver_steps, schedule.alphas_cumprod
     validation = Validation(args, pipeline.vae) if args.validation_data and loop.is_main else None
     lpips = LPIPS.from_pretrained(args.lpips_weights).to(device) if args.lpips_weights else None
     scales = args.teacher_guidance_scale or [teacher_pipeline.config.default_guidance_scale]
     embedder, channels = teacher_pipeline.lcg_embedder, pipeline.vae.config.latent_channels
-    with torch.no_grad():
-        foreground, background = (
-            embedder(embedder.category_ids(category, 1, device)).embeds for category in ("foreground", "background")
-        )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("%s, %.2f M parameters are trained", describe_dataset(args, dataset), trained / 1e6)
+    foreground, background = (
+        embedder(embedder.category_ids(category, 1, device)).embeds for category in ("foreground", "background")
+    )
 
     def teacher_features(latents, timesteps, model_input):
         """The teacher's features of latents `[B, 4, h, w]` in the place of those in its input."""
@@ -180,11 +166,11 @@ def main(arguments: list[str] | None = None) -> None:
         discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), **options)
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
 
-    model, optimizer = loop.prepare(model, partial(save_parts, pipeline))
+    model, optimizer = loop.prepare(model, dataset, partial(save_parts, pipeline))
 
     scores, known = {}, {}
-    for batch, generators in loop.batches(dataset):
-        with loop.accumulate():
+    for batch, generators in loop.batches():
+        with accelerator.accumulate(model):
             # A point of the path, and the point one guided step of the teacher earlier.
             batch = with_latents(batch, pipeline.vae, generators)
             batch.pop("category", None)
@@ -263,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # result
     if loop.finished:
-        write_results(loop, pipeline, dataset, scores)
+        write_results(loop, pipeline, scores)
     accelerator.end_training()
 
 

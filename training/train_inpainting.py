@@ -19,26 +19,21 @@ An interrupted run (Ctrl-C, SIGTERM, a crash) goes on with `--resume_from_checkp
 """
 
 import argparse
-import logging
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
-from diffusers_moebius.training.adapters import add_lora_arguments
+from diffusers_moebius.evaluation.lpips import LPIPS
 from diffusers_moebius.training.arguments import add_training_arguments, check_arguments, training_parser
-from diffusers_moebius.training.data import build_dataset, describe_dataset
-from diffusers_moebius.training.denoiser import DecodingDenoiser, prepare_denoiser
+from diffusers_moebius.training.data import build_dataset
+from diffusers_moebius.training.denoiser import prepare_denoiser
 from diffusers_moebius.training.latent_cache import with_latents
 from diffusers_moebius.training.loop import TrainingLoop
 from diffusers_moebius.training.objective import noise_batch
-from diffusers_moebius.training.perceptual import LPIPS
 from diffusers_moebius.training.results import save_parts, write_results
 from diffusers_moebius.training.starting_point import build_pipeline
 from diffusers_moebius.training.validation import Validation
-
-logger = logging.getLogger("train_inpainting")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,8 +44,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lpips_weights", help="safetensors file with the LPIPS network; default: that of the `lpips` package")
     add("--l1_weight", type=float, default=0.0, help="weight of its absolute error, in [-1, 1]")
     add("--train_decoder", action="store_true", help="train the decoder of the autoencoder too, by these two")
-    add_lora_arguments(parser)
-    add_training_arguments(parser)
+    add_training_arguments(parser, lora=True)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     if (args.pretrained_model_name_or_path is None) == (args.unet_config is None):
@@ -68,20 +62,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def picture_errors(
-    pictures: torch.Tensor, photos: torch.Tensor, weight: torch.Tensor, lpips: LPIPS | None
-) -> dict[str, torch.Tensor]:
-    """Absolute error and LPIPS of decoded pictures `[B, 3, H, W]`, with the weights `[B, 1, h, w]` of the latents."""
-    full = F.interpolate(weight, pictures.shape[2:], mode="nearest")
-    errors = {"l1": (full * (pictures - photos).abs()).mean()}
-    if lpips is not None:
-        errors["lpips"] = lpips(pictures, photos, full).mean()
-    return errors
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     loop = TrainingLoop(args, "moebius-inpainting")
     accelerator, device = loop.accelerator, loop.accelerator.device
 
@@ -89,37 +71,36 @@ def main(arguments: list[str] | None = None) -> None:
     pipeline = build_pipeline(args)
     if args.rank is not None:
         pipeline.lcg_embedder.requires_grad_(False)
-    model = prepare_denoiser(args, pipeline, accelerator)
-    pipeline.vae.to(device)
-    dataset = build_dataset(args, pipeline.vae, accelerator)
-    noise_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
     compares_pictures = bool(args.lpips_weight or args.l1_weight)
+    model = prepare_denoiser(args, pipeline, accelerator, decodes=compares_pictures)
+    pipeline.vae.decoder.requires_grad_(args.train_decoder)
+    dataset = build_dataset(args, accelerator, pipeline.vae)
+    noise_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
     lpips = LPIPS.from_pretrained(args.lpips_weights).to(device) if args.lpips_weight else None
-    if compares_pictures:
-        pipeline.vae.decoder.requires_grad_(args.train_decoder)
-        model = DecodingDenoiser(model, pipeline.vae, noise_schedule)
     num_embeddings = model.lcg_embedder.config.num_embeddings
     validation = Validation(args, pipeline.vae) if args.validation_data and loop.is_main else None
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info("%s, %.2f M parameters are trained", describe_dataset(args, dataset), trained / 1e6)
 
-    model, optimizer = loop.prepare(model, partial(save_parts, pipeline))
+    model, optimizer = loop.prepare(model, dataset, partial(save_parts, pipeline))
 
     def noise(batch, generators):
         batch = with_latents(batch, pipeline.vae, generators)
         return noise_batch(args, noise_schedule, batch, generators, num_embeddings, loop.reduce)
 
     scores, known = {}, {}
-    for batch, generators in loop.batches(dataset):
-        with loop.accumulate():
+    for batch, generators in loop.batches():
+        with accelerator.accumulate(model):
             noised = noise(batch, generators)
             output = model(noised.model_input, noised.timesteps, noised.category_ids)
             loss = noised.loss(output.sample)
             logged = {"loss": loss.detach(), "hole_error": noised.hole_error(output.sample)}
             if compares_pictures:
-                errors = picture_errors(output.pictures, batch["pixel_values"], noised.weight, lpips)
-                loss = loss + args.l1_weight * errors["l1"] + args.lpips_weight * errors.get("lpips", 0)
-                logged |= errors
+                pictures, photos = output.pictures, batch["pixel_values"]
+                weight = F.interpolate(noised.weight, photos.shape[2:], mode="nearest")
+                logged["l1"] = (weight * (pictures - photos).abs()).mean()
+                loss = loss + args.l1_weight * logged["l1"]
+                if lpips is not None:
+                    logged["lpips"] = lpips(pictures, photos, weight).mean()
+                    loss = loss + args.lpips_weight * logged["lpips"]
             if loop.is_finite(loss):
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -138,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # result
     if loop.finished:
-        write_results(loop, pipeline, dataset, scores, noise)
+        write_results(loop, pipeline, scores, noise)
     accelerator.end_training()
 
 

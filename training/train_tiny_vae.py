@@ -10,13 +10,13 @@ from those of its own encoder. An interrupted run goes on with `--resume_from_ch
 
 import argparse
 import json
-import logging
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import nn
 
+from diffusers_moebius.evaluation.lpips import LPIPS
 from diffusers_moebius.training.arguments import (
     add_optimization_arguments,
     add_picture_arguments,
@@ -25,13 +25,10 @@ from diffusers_moebius.training.arguments import (
     check_arguments,
     training_parser,
 )
-from diffusers_moebius.training.data import describe_dataset, open_pictures, set_train_steps
+from diffusers_moebius.training.data import build_dataset
 from diffusers_moebius.training.loop import TrainingLoop
-from diffusers_moebius.training.perceptual import LPIPS
 from diffusers_moebius.training.results import push_results
 from diffusers_moebius.training.validation import Validation
-
-logger = logging.getLogger("train_tiny_vae")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +42,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--save_dtype", choices=("float16", "float32"), default="float16", help="type of the final weights' file")
     add = parser.add_argument_group("objective").add_argument
     add("--hole_probability", type=float, default=0.25, help="share of crops with a grey hole, as the U-Net gets them")
-    add("--min_crop_area", type=float, default=0.06, help="smallest crop, as a share of the photo's largest square")
     add("--latent_weight", type=float, default=1.0, help="weight of the squared error to the teacher's latents")
     add("--l1_weight", type=float, default=1.0, help="weight of the absolute error of the pictures in [-1, 1]")
     add("--lpips_weight", type=float, default=0.5, help="weight of their LPIPS")
@@ -54,15 +50,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_optimization_arguments(parser)
     add_validation_arguments(parser, samples=False)
     add_run_arguments(parser)
-    parser.set_defaults(resolution=128, train_batch_size=8, checkpoints_total_limit=2)
+    # Small crops show native detail, large ones a photo made small: an encoder sees both.
+    parser.set_defaults(resolution=128, min_crop_area=0.06, train_batch_size=8, checkpoints_total_limit=2)
     parser.set_defaults(optimizer="muon", learning_rate=1e-3, weight_decay=0.0, adam_beta2=0.95)
     parser.set_defaults(lr_scheduler="cosine", lr_warmup_steps=50)
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
-    if args.resolution < 64 or args.resolution % 8:
-        parser.error(f"`--resolution` must be a multiple of 8 and at least 64, but is {args.resolution}")
-    if not 0 < args.min_crop_area <= 1:
-        parser.error(f"`--min_crop_area` must be above 0 and at most 1, but is {args.min_crop_area}")
+    if args.resolution < 64:
+        parser.error(f"`--resolution` must be at least 64, but is {args.resolution}")
     return args
 
 
@@ -81,22 +76,8 @@ class EncodeAndDecode(nn.Module):
         return latents, self.vae.decode(torch.where(own, latents.detach(), teacher_latents)).sample
 
 
-@torch.no_grad()
-def reconstructions(vae: AutoencoderTiny, teacher: AutoencoderTiny, photos: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the two make of photos `[N, 3, H, W]` in [0, 1], by name."""
-    pixels = 2 * photos - 1
-    teacher_latents = teacher.encode(pixels).latents
-    rows = {
-        "teacher": teacher.decode(teacher_latents).sample,
-        "student": vae.decode(vae.encode(pixels).latents).sample,
-        "teacher's latents": vae.decode(teacher_latents).sample,
-    }
-    return {name: (pictures / 2 + 0.5).clamp(0, 1).cpu() for name, pictures in rows.items()}
-
-
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     loop = TrainingLoop(args, "tiny-vae")
     accelerator, device = loop.accelerator, loop.accelerator.device
 
@@ -116,19 +97,13 @@ def main(arguments: list[str] | None = None) -> None:
         vae.enable_gradient_checkpointing()
     if args.torch_compile:
         vae.compile()
-    # Small crops show native detail, large ones a photo made small: an encoder sees both.
-    scale = (args.min_crop_area, 1.0)
-    dataset = open_pictures(args, accelerator.process_index, accelerator.num_processes, scale)
-    if args.num_train_epochs is not None:
-        set_train_steps(args, dataset, accelerator.num_processes)
+    dataset = build_dataset(args, accelerator)
     validation = Validation(args, teacher) if args.validation_data and loop.is_main else None
-    size = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
-    logger.info("%s, %.2f M parameters", describe_dataset(args, dataset), size)
 
-    model, optimizer = loop.prepare(EncodeAndDecode(vae), lambda folder: vae.save_pretrained(folder / "vae"))
+    model, optimizer = loop.prepare(EncodeAndDecode(vae), dataset, lambda folder: vae.save_pretrained(folder / "vae"))
 
-    for batch, generators in loop.batches(dataset):
-        with loop.accumulate():
+    for batch, generators in loop.batches():
+        with accelerator.accumulate(model):
             drawn = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(device)
             has_hole = (drawn < args.hole_probability)[:, None, None, None]
             pixels = batch["pixel_values"] * (1 - batch["mask"] * has_hole)
@@ -147,8 +122,15 @@ def main(arguments: list[str] | None = None) -> None:
         loop.end_batch({"loss": loss, "latent": latent_error, "l1": l1, "lpips": perceptual})
 
         if validation is not None and loop.is_due(args.validation_steps):
-            with loop.validation() as bare:
-                rows = reconstructions(bare.vae, teacher, validation.photos.to(device))
+            with loop.validation(), torch.no_grad():
+                pixels = 2 * validation.photos.to(device) - 1
+                teacher_latents = teacher.encode(pixels).latents
+                pictures = {
+                    "teacher": teacher.decode(teacher_latents),
+                    "student": vae.decode(vae.encode(pixels).latents),
+                    "teacher's latents": vae.decode(teacher_latents),
+                }
+            rows = {name: (output.sample / 2 + 0.5).clamp(0, 1).cpu() for name, output in pictures.items()}
             scores = {f"{name}: PSNR in the hole": validation.hole_psnr(rows[name]).mean().item() for name in rows}
             validation.write(loop, rows, scores)
 
@@ -161,7 +143,6 @@ def main(arguments: list[str] | None = None) -> None:
         config = json.loads(config_file.read_text())
         config.pop("block_out_channels", None)
         config_file.write_text(json.dumps(config, indent=2) + "\n")
-        logger.info("wrote %s", loop.output_dir / "vae")
         push_results(loop)
     accelerator.end_training()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_moebius.training.perceptual import LPIPS
+from diffusers_moebius.evaluation.lpips import LPIPS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

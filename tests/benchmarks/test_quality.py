@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusers_moebius.training.perceptual import LPIPS, distance_map
+from diffusers_moebius.evaluation.lpips import LPIPS, distance_map
 
 pytest.importorskip("cv2")
 pytest.importorskip("skimage")

@@ -73,12 +73,12 @@ def run(name, arguments, num_processes=1, seconds=240):
             process.kill()
 
 
-def open_data(resolution, process_index=0, num_processes=1, mask_presets=("thick_256",), **options):
+def open_data(resolution, mask_presets=("thick_256",), **options):
     """The pictures of options of a script, with the defaults of the others."""
     parser = training_parser("")
     add_picture_arguments(parser)
     parser.set_defaults(**{"seed": 0, "resolution": resolution, "mask_presets": mask_presets, **options})
-    return open_pictures(parser.parse_args([]), process_index, num_processes)
+    return open_pictures(parser.parse_args([]))
 
 
 def take(batches, count):

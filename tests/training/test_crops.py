@@ -4,13 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusers_moebius.training.crops import (
-    Cropper,
-    PictureDataset,
-    crop_mask,
-    picture_to_tensor,
-    random_box,
-)
+from diffusers_moebius.training.crops import Cropper, crop_mask, picture_to_tensor, random_box
+from diffusers_moebius.training.data import PictureDataset
 from diffusers_moebius.training.picture_sources import list_pictures
 
 PRESETS = ["medium_512", "thick_256"]

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,7 @@ from safetensors.torch import load_file
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 from diffusers_moebius.pipelines.latents import predicted_clean_latents
-from diffusers_moebius.training.distillation import (
-    AdaptiveBalance,
-    distillation_losses,
-)
+from diffusers_moebius.training.distillation import AdaptiveBalance, distillation_losses
 
 SIZES = {
     "sample_size": 16,
@@ -31,6 +29,12 @@ def load(model, path):
 
 def l1(a, b):
     return (a - b).abs().mean((1, 2, 3))
+
+
+def balance(student, mode, losses, output=None, **options):
+    balance = AdaptiveBalance(student, mode, **options)
+    total = balance(losses, output)
+    return SimpleNamespace(total=total, weights=balance.weights, gradient_norms=balance.gradient_norms)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,8 @@ def step(parity_dir):
             sample, data["timestep"], teacher_embedding[data["input_ids"]], output_hidden_states=True
         )
     clean = predicted_clean_latents(output.sample, noisy, data["timestep"], scheduler.alphas_cumprod)
-    losses = distillation_losses(output, target_output, data["noise"], data["latents"], clean, perceptual_loss=l1)
+    losses = distillation_losses(output, target_output, data["noise"])
+    losses["perceptual"] = l1(clean, data["latents"]).mean()
     return student, embedding, losses, recorded, output.sample, data
 
 
@@ -83,7 +88,7 @@ def test_losses_are_the_release(step):
 
 def test_release_balance_is_the_release(step):
     student, embedding, losses, recorded, _, _ = step
-    balanced = AdaptiveBalance(student, "release")(losses)
+    balanced = balance(student, "release", losses)
     weights = {name: value.item() for name, value in balanced.weights.items()}
     norms = {name: value.item() for name, value in balanced.gradient_norms.items()}
     assert norms["coarse@C"] == pytest.approx(recorded["feat_gnorm_featkd"], rel=1e-4)
@@ -102,7 +107,7 @@ def test_release_balance_is_the_release(step):
 
 def test_paper_balance_is_equations_4_and_5(step):
     student, _, losses, recorded, _, _ = step
-    balanced = AdaptiveBalance(student, "paper")(losses)
+    balanced = balance(student, "paper", losses)
     paper = recorded["paper"]
     assert balanced.weights["fine"].item() == pytest.approx(paper["w_f_kd"], rel=1e-4)
     assert balanced.weights["perceptual"].item() == pytest.approx(paper["w_perceptual"], rel=1e-4)
@@ -122,7 +127,7 @@ def test_going_through_the_output_losses_once_gives_the_same(step, mode):
             "fine": (sample - data["latents"]).square().mean(),
             "perceptual": (sample * data["latents"]).tanh().abs().mean(),
         }
-        balanced = AdaptiveBalance(student, mode)(fresh, output)
+        balanced = balance(student, mode, fresh, output)
         gradients = torch.autograd.grad(balanced.total, list(student.parameters()), retain_graph=True)
         results.append((balanced, torch.cat([gradient.flatten() for gradient in gradients])))
     (plain, expected), (short, gradients) = results
@@ -136,21 +141,21 @@ def test_going_through_the_output_losses_once_gives_the_same(step, mode):
 @pytest.mark.parametrize("names", [("task",), ("coarse",), ("coarse", "fine"), ("task", "fine"), ("coarse", "task")])
 def test_any_loss_may_be_left_out(step, mode, names):
     student, _, losses, _, _, _ = step
-    balanced = AdaptiveBalance(student, mode)({name: losses[name] for name in names})
+    balanced = balance(student, mode, {name: losses[name] for name in names})
     assert balanced.total.isfinite() and balanced.total > 0
     assert not any(weight.requires_grad for weight in balanced.weights.values())
 
 
 def test_a_loss_of_zero_leaves_the_others_finite(step):
     student, _, losses, _, sample, _ = step
-    balanced = AdaptiveBalance(student, "paper")(losses | {"fine": (sample - sample.detach()).square().mean()})
+    balanced = balance(student, "paper", losses | {"fine": (sample - sample.detach()).square().mean()})
     assert balanced.total.isfinite()
 
 
 def test_gradients_are_reduced_over_processes_before_their_norm(step):
     student, _, losses, _, _, _ = step
-    plain = AdaptiveBalance(student, "paper")(losses)
-    doubled = AdaptiveBalance(student, "paper", reduce=lambda gradient: 2 * gradient)(losses)
+    plain = balance(student, "paper", losses)
+    doubled = balance(student, "paper", losses, reduce=lambda gradient: 2 * gradient)
     for name, norm in plain.gradient_norms.items():
         if name != "output@C":  # that of a sum whose weights are ratios of the same norms: doubled as well
             assert doubled.gradient_norms[name].item() == pytest.approx(2 * norm.item(), rel=1e-5)

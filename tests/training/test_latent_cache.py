@@ -8,8 +8,8 @@ from PIL import Image
 from runs import open_data
 
 from diffusers_moebius.pipelines.latents import encode_latents
-from diffusers_moebius.training.crops import Cropper, PictureDataset
-from diffusers_moebius.training.data import TrainingBatches
+from diffusers_moebius.training.crops import Cropper
+from diffusers_moebius.training.data import PictureDataset, TrainingBatches
 from diffusers_moebius.training.latent_cache import (
     LatentCacheDataset,
     build_latent_cache,
@@ -23,7 +23,7 @@ PRESETS = ["medium_512", "thick_256"]
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
-    monkeypatch.setattr("diffusers_moebius.training.crops.CACHE_UNIT", 4)
+    monkeypatch.setattr("diffusers_moebius.training.data.CACHE_UNIT", 4)
 
 
 def test_cache_round_trip(photo_dir, tmp_path, tiny_vae):
@@ -36,8 +36,8 @@ def test_cache_round_trip(photo_dir, tmp_path, tiny_vae):
 
     readable = [index for index in range(2 * 13) if read_picture(dataset.records[index % 13]) is not None]
     for position, index in enumerate(readable):
-        crop = dataset.crop(index, 2)
-        pixels, masks = crop.pixels, crop.masks
+        crop = dataset.cropper(dataset.records[index % 13], divmod(index, 13), 2)
+        pixels, masks = crop["pixel_values"], crop["mask"]
         for number in range(2):
             sample = cache[2 * position + number]
             mask = masks[number]

@@ -10,7 +10,7 @@ import torch
 from runs import assert_equal_weights, first_gradients, load_script, read_log, run, start, weights
 from safetensors.torch import load_file, save_file
 
-from diffusers_moebius.training.checkpoints import list_checkpoints
+from diffusers_moebius.training.loop import list_checkpoints
 
 
 @pytest.fixture(scope="module")

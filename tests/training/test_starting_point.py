@@ -12,7 +12,7 @@ from diffusers_moebius.loaders.release_checkpoint import make_release_scheduler
 from diffusers_moebius.models.latent_categories import LatentCategoriesEmbedder
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
-from diffusers_moebius.training.denoiser import ConditionedDenoiser, DecodingDenoiser
+from diffusers_moebius.training.denoiser import ConditionedDenoiser
 from diffusers_moebius.training.latent_cache import with_latents
 from diffusers_moebius.training.starting_point import build_pipeline, check_schedules, load_unet_config
 
@@ -116,7 +116,7 @@ def test_latents_of_training_and_inference_are_the_same(vae_dir):
     noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(1))
     timesteps = torch.tensor([100, 700])
     noisy = pipeline.scheduler.add_noise(batch["latents"], noise, timesteps)
-    denoiser = DecodingDenoiser(ConditionedDenoiser(Oracle(), pipeline.lcg_embedder), pipeline.vae, pipeline.scheduler)
+    denoiser = ConditionedDenoiser(Oracle(), pipeline.lcg_embedder, pipeline.vae, pipeline.scheduler)
     output = denoiser(torch.cat([noisy, mask[..., ::8, ::8], noisy], 1), timesteps, torch.zeros(2, 3).long())
     torch.testing.assert_close(output["pictures"], pipeline.vae.decode(own).sample, atol=1e-4, rtol=1e-4)
 

@@ -62,6 +62,7 @@ def test_what_comes_out_is_fast_by_itself(script, command, photo_dir, tmp_path, 
         callback_on_step_end=lambda pipe, step, t, kwargs: timesteps.append((int(t), pipe.guidance_scale)) or {},
     )
     assert timesteps == [(999, 1.0), (499, 1.0)]
+    assert not pipeline.scheduler.config.clip_sample
     assert pipeline.use_few_steps().config.default_num_inference_steps == 2  # `--fast` leaves it
     assert any(not torch.equal(before[name], value) for name, value in weights(out).items())
     after = weights(tmp_path / "teacher")

@@ -12,7 +12,7 @@ from diffusers_moebius.models.latent_categories import LatentCategoriesEmbedder
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 from diffusers_moebius.pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
-from diffusers_moebius.training.adapters import TARGET_MODULES
+from diffusers_moebius.training.denoiser import TARGET_MODULES
 
 FILE = "pytorch_lora_weights.safetensors"
 

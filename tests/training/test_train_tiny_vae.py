@@ -6,7 +6,7 @@ from PIL import Image
 from runs import load_script, read_log
 from safetensors.torch import load_file, save_file
 
-from diffusers_moebius.training.checkpoints import list_checkpoints
+from diffusers_moebius.training.loop import list_checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,12 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..models.fusion import adapter_layers
+
 PAPER = "2606.19195"
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+LORA_TEMPLATE = Path(__file__).with_name("lora_card_template.md")
 # Facts about the weights of a pipeline folder, which no component holds: where they come from and how good they are.
 FACTS_FILE = "card.json"
 
@@ -59,6 +62,41 @@ def make_model_card(pipeline, repo_id: str) -> ModelCard:
         guidance_scale=pipeline.config.get("default_guidance_scale"),
         evaluation=evaluation,
         training_data=facts.get("training_data"),
+    )
+
+
+def make_lora_card(pipeline, repo_id: str, base: str, is_few_step: bool = False) -> ModelCard:
+    """
+    The card of the adapter `default` of a pipeline's U-Net.
+
+    Args:
+        pipeline (`DiffusionPipeline`): The pipeline with the adapter.
+        repo_id (`str`): Where the adapter will be found: a repository or a folder.
+        base (`str`): The repository or folder of the pipeline without it.
+        is_few_step (`bool`, defaults to `False`): Whether it is made for the pipeline's default steps and guidance,
+            which a file of weights cannot say: the card then sets them, which the command line could not.
+
+    Returns:
+        `ModelCard`: Metadata for the hub, and text.
+    """
+    config, base_model = pipeline.unet.peft_config["default"], hub_repository(base)
+    names = ("default_num_inference_steps", "default_guidance_scale", "default_strength", "default_guidance_start")
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        tags=["lora", "inpainting", "image-inpainting", "moebius", f"arxiv:{PAPER}"],
+        base_model=base_model,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(LORA_TEMPLATE),
+        title=repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        location=base_model or Path(base).name,
+        defaults=", ".join(f"{name}={pipeline.config[name]}" for name in names) if is_few_step else None,
+        rank=config.r,
+        layers=len(adapter_layers(pipeline.unet)),
+        targets=", ".join(f"`{target}`" for target in sorted(config.target_modules)),
     )
 
 

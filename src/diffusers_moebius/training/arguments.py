@@ -4,7 +4,7 @@ import argparse
 
 from diffusers.optimization import SchedulerType
 
-from .masks import MASK_PRESETS
+from ..pictures.random_mask import MASK_PRESETS
 
 
 class _Help(argparse.HelpFormatter):
@@ -27,9 +27,11 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds all of them; a script sets other defaults by `parser.set_defaults`."""
+def add_training_arguments(parser: argparse.ArgumentParser, lora: bool = False) -> None:
+    """Adds all of them, with `lora` those of LoRA too; a script sets other defaults by `parser.set_defaults`."""
     _add_model_arguments(parser)
+    if lora:
+        _add_lora_arguments(parser)
     _add_data_arguments(parser)
     _add_objective_arguments(parser)
     add_optimization_arguments(parser)
@@ -49,14 +51,23 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add_picture_arguments(parser)
     add = parser.add_argument_group("latents and holes").add_argument
-    add(
-        "--cache_latents",
-        metavar="DIR",
-        help="encode crops and holes once into this folder, or use what it holds; default: encode in every step",
-    )
+    add("--cache_latents", metavar="DIR", help="encode once into this folder, or use it; default: in every step")
     add("--cache_masks_per_picture", type=int, default=3, help="holes that the cache has of each crop")
     add("--cache_crops_per_picture", type=int, default=1, help="crops that the cache has of each picture")
     add("--foreground_probability", type=float, default=0.1, help="share of samples that train the foreground tokens")
+
+
+def _add_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", type=int, help="of the two matrices beside each layer; default: no LoRA, the whole U-Net is trained")
+    add("--lora_alpha", type=float, help="their product is scaled by alpha / rank; default: the rank")
+    add("--lora_dropout", type=float, default=0.0, help="share of a layer's input that its adapter does not see")
+    add(
+        "--target_modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers whose names end so; default: all projections of attention and feed-forward layers",
+    )
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +87,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stream_shards", action="store_true", help="stream local shards too, instead of indexing them first")
     add("--shuffle_buffer_size", type=int, default=1000, help="samples that each reader of a stream shuffles")
     add("--resolution", type=int, default=512, help="side of a crop in pixels")
+    add("--min_crop_area", type=float, default=0.35, help="smallest crop, as a share of the photo's largest square")
     add("--random_flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the crops")
     add(
         "--mask_presets",
@@ -89,21 +101,14 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("objective").add_argument
-    add(
-        "--prediction_type",
-        choices=("epsilon", "v_prediction"),
-        help="what the model predicts; default: as the pipeline's or the teacher's scheduler says, else epsilon",
-    )
+    kinds = ("epsilon", "v_prediction")
+    add("--prediction_type", choices=kinds, help="default: the pipeline's or the teacher's, else epsilon")
     add("--rescale_betas_zero_snr", action="store_true", help="the last timestep is pure noise; needs v_prediction")
     add("--hole_loss_weight", type=float, default=1.0, help="weight of a latent cell in the hole; outside it is 1")
     add("--snr_gamma", type=float, help="min-SNR weighting (arXiv 2303.09556), 5 is usual; default: none")
     add("--noise_offset", type=float, default=0.0357, help="share of noise that is constant over a channel")
-    add(
-        "--timestep_sampling",
-        choices=("uniform", "logit_normal"),
-        default="uniform",
-        help="logit_normal: 1000 sigmoid(normal), as the release distils",
-    )
+    kinds = ("uniform", "logit_normal")
+    add("--timestep_sampling", choices=kinds, default="uniform", help="the release distils with 1000 sigmoid(normal)")
     add("--timestep_bias", type=float, default=1.0, help="timesteps are 1000 u^(1/bias): above 1 favours high noise")
     add("--train_timesteps", type=int, nargs="+", help="only these, those that a sampler visits; default: all")
     add("--last_timestep_probability", type=float, default=0.0, help="share of samples that start from pure noise")
@@ -114,11 +119,7 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train_batch_size", type=int, default=16, help="samples in a step of one process")
     add("--gradient_accumulation_steps", type=int, default=1, help="batches whose gradients make one step")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    add(
-        "--mixed_precision",
-        choices=("no", "fp16", "bf16"),
-        help="type of the forward pass; default: what accelerate is configured to, else no",
-    )
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is configured to, else no")
     add("--allow_tf32", action="store_true", help="TensorFloat-32 products on Ampere and later GPUs")
     add("--torch_compile", action="store_true", help="compile the U-Net; the first step then takes minutes")
     add("--max_train_steps", type=int, default=10_000, help="optimiser steps of the run")
@@ -131,12 +132,8 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adam_beta2", type=float, default=0.999, help="and of their squares")
     add("--adam_epsilon", type=float, default=1e-8, help="added to AdamW's denominator")
     add("--weight_decay", type=float, default=1e-2, help="of every weight, decoupled")
-    add(
-        "--lr_scheduler",
-        choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
-        default="constant_with_warmup",
-        help="course of the learning rate",
-    )
+    courses = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
+    add("--lr_scheduler", choices=courses, default="constant_with_warmup", help="course of the learning rate")
     add("--lr_warmup_steps", type=int, default=500, help="steps in which the learning rate rises")
     add("--lr_num_cycles", type=int, default=1, help="hard restarts of cosine_with_restarts")
     add("--lr_power", type=float, default=1.0, help="power of polynomial")
@@ -177,15 +174,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program with a message that names the option if values do not fit together."""
-    least = dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "max_train_steps"), 1)
-    least |= dict.fromkeys(("checkpointing_steps", "validation_steps", "logging_steps"), 1)
-    least |= dict.fromkeys(("checkpoints_total_limit", "max_train_samples", "num_train_epochs", "rank"), 1)
-    for name, smallest in least.items():
+    counts = ["train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "rank"]
+    counts += ["checkpointing_steps", "validation_steps", "logging_steps", "checkpoints_total_limit"]
+    for name in (*counts, "max_train_samples", "shuffle_buffer_size"):
         value = getattr(args, name, None)
-        if value is not None and value < smallest:
-            parser.error(f"`--{name}` must be at least {smallest}, but is {value}")
+        if value is not None and value < 1:
+            parser.error(f"`--{name}` must be at least 1, but is {value}")
     if not 0 <= getattr(args, "lora_dropout", 0) < 1:
         parser.error(f"`--lora_dropout` must be from 0 to below 1, but is {args.lora_dropout}")
+    if not 0 < args.min_crop_area <= 1:
+        parser.error(f"`--min_crop_area` must be above 0 and at most 1, but is {args.min_crop_area}")
+    if args.resolution < 8 or args.resolution % 8:
+        parser.error(f"`--resolution` must be a positive multiple of 8, but is {args.resolution}")
     if args.use_8bit_adam and args.optimizer != "adamw":
         parser.error("`--use_8bit_adam` needs `--optimizer adamw`")
     if args.lr_milestones and sorted(set(args.lr_milestones)) != args.lr_milestones:
@@ -195,9 +195,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.train_timesteps and not all(0 <= timestep < 1000 for timestep in args.train_timesteps):
         parser.error(f"`--train_timesteps` must be from 0 to 999, but are {args.train_timesteps}")
     if args.rescale_betas_zero_snr and args.prediction_type != "v_prediction":
-        parser.error(
-            "`--rescale_betas_zero_snr` needs `--prediction_type v_prediction`: pure noise says nothing of noise"
-        )
+        parser.error("`--rescale_betas_zero_snr` needs `--prediction_type v_prediction`: pure noise tells no noise")
     if args.timestep_bias <= 0:
         parser.error(f"`--timestep_bias` must be above 0, but is {args.timestep_bias}")
     if args.timestep_sampling != "uniform" and (args.train_timesteps or args.timestep_bias != 1):

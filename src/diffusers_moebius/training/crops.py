@@ -1,19 +1,17 @@
 """Random crops of pictures with their holes: what a training sample is."""
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .masks import random_mask
-from .picture_sources import CATEGORIES, Picture, Record, read_picture
+from ..pictures.random_mask import random_mask
+from .picture_sources import CATEGORIES, Record, read_picture
 
 CROP_SCALE = (0.35, 1.0)
-CACHE_UNIT = 100  # pictures in a shard of a latent cache
 
 
 def random_box(
@@ -69,25 +67,6 @@ def picture_to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def number_of_name(name: str) -> int:
-    """A number that stands for a sample's name, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-
-
-@dataclass(frozen=True)
-class Crop:
-    """A crop `pixels` `[3, H, W]` in [-1, 1], its `masks` `[M, 1, H, W]` of 0 and 1, and the category's number."""
-
-    pixels: torch.Tensor
-    masks: torch.Tensor
-    category: int
-
-    def sample(self, skipped: list[str]) -> dict:
-        """What a batch is made of, with the names of the unreadable pictures that were met on the way to it."""
-        category = torch.tensor(self.category)
-        return {"pixel_values": self.pixels, "mask": self.masks[0], "category": category, "skipped": skipped}
-
-
 @dataclass(frozen=True)
 class Cropper:
     """
@@ -103,6 +82,7 @@ class Cropper:
         seed (`int`, defaults to 0): Seed of crops and holes.
         random_flip (`bool`, defaults to `True`): Mirror half of the crops.
         crop_scale (`tuple[float, float]`, defaults to `(0.35, 1.0)`): See [`random_box`].
+        objects (sequence of `Record`, *optional*): Foreground pictures, whose outlines background holes are cut to.
     """
 
     resolution: int
@@ -110,28 +90,28 @@ class Cropper:
     seed: int = 0
     random_flip: bool = True
     crop_scale: tuple[float, float] = CROP_SCALE
+    objects: Sequence[Record] = ()
 
-    def __post_init__(self):
-        if self.resolution < 8 or self.resolution % 8:
-            raise ValueError(f"`resolution` must be a positive multiple of 8, but is {self.resolution}.")
+    def __call__(self, record: Record, number: tuple[int, int], num_masks: int = 1) -> dict[str, torch.Tensor] | None:
+        """
+        A crop of a picture, which depends on `seed` and the sample's number (its epoch, and which picture) alone.
 
-    def __call__(
-        self,
-        picture: Picture,
-        number: tuple[int, ...],
-        num_masks: int,
-        object_mask: Callable[[np.random.Generator], np.ndarray | None] | None = None,
-    ) -> Crop:
-        """A crop of a picture, which depends on `seed` and the sample's number alone."""
+        Returns:
+            `dict` with `pixel_values` `[3, H, W]` in [-1, 1], `mask` `[M, 1, H, W]` of 0 and 1 (1 is to be filled) and
+            `category`, a scalar: 0 background, 1 foreground, -1 not given. `None` if the picture is unreadable.
+        """
+        picture = read_picture(record)
+        if picture is None:
+            return None
         generator = np.random.default_rng((self.seed, *number))
-        own, category = picture.mask, picture.category
+        (image, own), is_background = picture, record.category == CATEGORIES["background"]
         # As the release trains: a background sample has a random mask half of the time and its own otherwise.
-        if own is not None and category == CATEGORIES["background"] and generator.random() < 0.5:
+        if own is not None and is_background and generator.random() < 0.5:
             own = None
-        side, box = self.resolution, random_box(picture.image.size, generator, self.crop_scale, own)
+        side, box = self.resolution, random_box(image.size, generator, self.crop_scale, own)
         flip = generator.random() < 0.5 and self.random_flip
         corners = (box[0], box[1], box[0] + box[2], box[1] + box[2])
-        image = picture.image.resize((side, side), Image.Resampling.LANCZOS, box=corners)
+        image = image.resize((side, side), Image.Resampling.LANCZOS, box=corners)
         masks = []
         for _ in range(num_masks):
             if own is not None:
@@ -139,75 +119,15 @@ class Cropper:
             else:
                 mask = random_mask(side, side, str(generator.choice(self.mask_presets)), generator)
             # Half of the background holes have the outline of another picture's object.
-            if category == CATEGORIES["background"] and object_mask is not None and generator.random() < 0.5:
-                other = object_mask(generator)
-                if other is not None and (mask & other).any():
-                    mask = mask & other
+            if is_background and self.objects and generator.random() < 0.5:
+                other = read_picture(self.objects[int(generator.integers(len(self.objects)))])
+                if other is not None:
+                    outline = Image.fromarray(other[1]).resize((side, side), Image.Resampling.NEAREST)
+                    cut = mask & np.asarray(outline)
+                    mask = cut if cut.any() else mask
             masks.append(mask)
-        pixels = picture_to_tensor(ImageOps.mirror(image) if flip else image)
-        return Crop(pixels, torch.from_numpy(np.stack(masks))[:, None].float(), category)
-
-
-class PictureDataset(torch.utils.data.Dataset):
-    """
-    Random crops with random holes, in pixels.
-
-    A sample is a `dict` with `pixel_values` `[3, H, W]` in [-1, 1], `mask` `[1, H, W]` of 0 and 1 (1 is to be filled),
-    `category`, a scalar: 0 background, 1 foreground, -1 not given; and `skipped`, names of unreadable pictures. The
-    place of one of these is taken by another picture, which `seed` and the index choose: batches keep their size.
-
-    An index beyond the number of pictures means another epoch: the same picture with other crops and holes.
-
-    Args:
-        records (`list[Record]`): The pictures.
-        cropper ([`Cropper`]): Cuts them.
-    """
-
-    def __init__(self, records: list[Record], cropper: Cropper):
-        self.records, self.cropper = records, cropper
-        self.objects = [record for record in records if record.category == CATEGORIES["foreground"]]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def _object_mask(self, generator: np.random.Generator) -> np.ndarray | None:
-        picture = read_picture(self.objects[int(generator.integers(len(self.objects)))])
-        if picture is None:
-            return None
-        size = (self.cropper.resolution,) * 2
-        return np.asarray(Image.fromarray(picture.mask).resize(size, Image.Resampling.NEAREST))
-
-    def crop(self, index: int, num_masks: int) -> Crop | None:
-        """A crop with so many masks; `None` for an unreadable file."""
-        epoch, index = divmod(index, len(self))
-        picture = read_picture(self.records[index])
-        if picture is None:
-            return None
-        return self.cropper(picture, (epoch, index), num_masks, self._object_mask if self.objects else None)
-
-    def __getitem__(self, index: int) -> dict:
-        epoch, first = divmod(index, len(self))
-        start = int(np.random.default_rng((self.cropper.seed, epoch, first, 1)).integers(len(self)))
-        skipped: list[str] = []
-        for other in (first, *((start + offset) % len(self) for offset in range(len(self)))):
-            if (crop := self.crop(epoch * len(self) + other, 1)) is not None:
-                return crop.sample(skipped)
-            if self.records[other].name not in skipped:
-                skipped.append(self.records[other].name)
-        raise_unreadable(len(self), skipped)
-
-    # What a latent cache is built from: units that are done as a whole.
-    @property
-    def num_cache_units(self) -> int:
-        return -(-len(self) // CACHE_UNIT)
-
-    def cache_unit(self, unit: int, epoch: int, num_masks: int) -> Iterator[Crop | None]:
-        for index in range(unit * CACHE_UNIT, min((unit + 1) * CACHE_UNIT, len(self))):
-            yield self.crop(epoch * len(self) + index, num_masks)
-
-
-def raise_unreadable(number: int, skipped: Sequence[str]) -> None:
-    """Raises the error of a source in which nothing can be read."""
-    raise ValueError(
-        f"The training data hold no readable picture: all {number} were skipped, among them {', '.join(skipped[-3:])}."
-    )
+        return {
+            "pixel_values": picture_to_tensor(ImageOps.mirror(image) if flip else image),
+            "mask": torch.from_numpy(np.stack(masks))[:, None].float(),
+            "category": torch.tensor(record.category),
+        }

@@ -1,7 +1,6 @@
 """Losses of the distillation from PixelHacker and their adaptive balance (paper, section 3.4, equations 4 and 5)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -17,29 +16,23 @@ def distillation_losses(
     student_output,
     teacher_output,
     target: torch.Tensor,
-    clean_latents: torch.Tensor,
-    student_clean_latents: torch.Tensor,
-    perceptual_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     names: Sequence[str] = ("coarse", "fine", "task"),
     weight: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
-    The losses of one distillation step, unweighted.
+    The losses of one distillation step, unweighted, without the perceptual one.
 
     Args:
         student_output ([`MoebiusUNet2DOutput`]): The student's, with `hidden_states`.
         teacher_output ([`MoebiusUNet2DOutput`]): The teacher's, with `hidden_states`.
         target (`torch.Tensor` of shape `[B, C, H, W]`): What the student is to predict.
-        clean_latents (`torch.Tensor` of shape `[B, C, H, W]`): The true latents.
-        student_clean_latents (`torch.Tensor` of shape `[B, C, H, W]`): See [`predicted_clean_latents`].
-        perceptual_loss (`Callable`, *optional*): Maps two batches of latents to `[B]`; left out by default.
         names (sequence of `str`, defaults to all): `coarse` compares features of student and teacher, `fine` their
             predictions, `task` the prediction with its target.
         weight (`torch.Tensor` of shape `[B, 1, H, W]`, *optional*): Weight of the squared errors of `task` and `fine`;
             the paper has none.
 
     Returns:
-        `dict[str, torch.Tensor]`: Scalars under `coarse`, `task`, `fine` and `perceptual`, in float32.
+        `dict[str, torch.Tensor]`: Scalars by name, in float32.
 
     Raises:
         ValueError: If the features that `coarse` compares differ in shape.
@@ -62,9 +55,45 @@ def distillation_losses(
         losses["task"] = squared_error(student_output.sample, target)
     if "fine" in names:
         losses["fine"] = squared_error(student_output.sample, teacher_output.sample)
-    if perceptual_loss is not None:
-        losses["perceptual"] = perceptual_loss(student_clean_latents, clean_latents).mean()
     return losses
+
+
+def load_elatentlpips(
+    encoder: str, add_l1_loss: bool, device: torch.device
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """
+    E-LatentLPIPS of its own package: LPIPS on latents, over random shifts and flips of them (arXiv 2405.05967).
+
+    The package `elatentlpips` (extra `perceptual`; its licence forbids commercial use) downloads its weights into the
+    folder `ckpt` of the working directory.
+
+    Args:
+        encoder (`str`): The autoencoder of the latents: `"sd15"`, `"sd21"` or `"sdxl"`.
+        add_l1_loss (`bool`): Add the mean absolute error of the latents, as the package does by default. The released
+            training leaves it at that; the paper's loss is the distance of features alone.
+        device (`torch.device`): Where it is to compute.
+
+    Returns:
+        A function of two batches of scaled latents `[B, C, h, w]` to `[B]`.
+
+    Raises:
+        ImportError: If the package is missing.
+        OSError: If its weights cannot be downloaded.
+    """
+    try:
+        from elatentlpips import ELatentLPIPS
+
+        metric = ELatentLPIPS(encoder=encoder, augment="bg", verbose=False).requires_grad_(False).to(device)
+    except (ImportError, OSError) as error:
+        kind = ImportError if isinstance(error, ImportError) else OSError
+        raise kind(
+            "`--perceptual_loss elatentlpips` needs its package (`pip install diffusers-moebius[perceptual]`, whose"
+            f" licence forbids commercial use) and its weights, downloaded or in the folder `ckpt`, but: {error}. Or"
+            " take `--perceptual_loss lpips`, or leave it out with `--perceptual_loss none`."
+        ) from error
+    # `normalize` would scale the latents, which they are already.
+    options = {"normalize": False, "ensembling": True, "add_l1_loss": add_l1_loss}
+    return lambda latents, target: metric(latents, target, **options).flatten()
 
 
 def shortened(loss: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -72,24 +101,6 @@ def shortened(loss: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     (gradient,) = torch.autograd.grad(loss, output)
     product = (gradient * output).sum()
     return loss.detach() + product - product.detach()
-
-
-@dataclass
-class BalancedLoss:
-    """
-    The result of [`AdaptiveBalance`].
-
-    Args:
-        total (`torch.Tensor`): The scalar to call `backward` on.
-        weights (`dict[str, torch.Tensor]`): The adaptive weights: `fine` and `perceptual` within the output losses,
-            `cross` of the output losses against the coarse one.
-        gradient_norms (`dict[str, torch.Tensor]`): What they come from; `coarse@C` is the norm of the coarse loss's
-            gradient at θ_C, and so on.
-    """
-
-    total: torch.Tensor
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    gradient_norms: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class AdaptiveBalance:
@@ -110,6 +121,12 @@ class AdaptiveBalance:
         mode (`str`, defaults to `"paper"`): Or `"release"`.
         reduce (`Callable`, *optional*): Averages a gradient over processes, so that all of them weigh alike.
 
+    Attributes:
+        weights (`dict[str, torch.Tensor]`): Those of the last call: `fine` and `perceptual` within the output losses,
+            `cross` of the output losses against the coarse one.
+        gradient_norms (`dict[str, torch.Tensor]`): What they come from; `coarse@C` is the norm of the coarse loss's
+            gradient at θ_C, and so on.
+
     Raises:
         ValueError: If `mode` is unknown.
     """
@@ -126,7 +143,7 @@ class AdaptiveBalance:
         (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True)
         return self.reduce(gradient.detach()).float().norm()
 
-    def __call__(self, losses: dict[str, torch.Tensor], output: torch.Tensor | None = None) -> BalancedLoss:
+    def __call__(self, losses: dict[str, torch.Tensor], output: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
             losses (`dict[str, torch.Tensor]`): Of [`distillation_losses`]; any of them may be missing. Without `task`
@@ -136,7 +153,7 @@ class AdaptiveBalance:
                 example, is then gone through once instead of once for each norm; the gradients are the same.
 
         Returns:
-            [`BalancedLoss`].
+            `torch.Tensor`: The scalar to call `backward` on.
         """
         if not losses:
             raise ValueError("`losses` is empty; at least one loss is needed.")
@@ -144,33 +161,27 @@ class AdaptiveBalance:
             losses = {name: loss if name == "coarse" else shortened(loss, output) for name, loss in losses.items()}
         release = self.mode == "release"
         factors = RELEASE_FACTORS if release else dict.fromkeys(RELEASE_FACTORS, 1.0)
-        result = BalancedLoss(total=torch.zeros(()))
-        norms = result.gradient_norms
+        self.weights = weights = {}
+        self.gradient_norms = norms = {}
 
-        terms = []
-        for name in ("task", "fine", "perceptual"):
-            if name not in losses:
-                continue
-            term = factors[name] * losses[name]
-            if "task" in losses and len(losses.keys() & {"fine", "perceptual"}) > 0:
+        terms = {name: factors[name] * losses[name] for name in ("task", "fine", "perceptual") if name in losses}
+        if "task" in terms and len(terms) > 1:
+            for name in terms:
                 norms[f"{name}@F"] = self._gradient_norm(losses[name], self.theta_fine)
                 if name != "task":
-                    result.weights[name] = self._ratio(norms["task@F"], norms[f"{name}@F"], 1e-6, 1e6)
-                    term = result.weights[name] * term
-            terms.append(term)
-        output_loss = sum(terms) if terms else None
-
+                    weights[name] = self._ratio(norms["task@F"], norms[f"{name}@F"], 1e-6, 1e6)
+                    terms[name] = weights[name] * terms[name]
+        output_loss = sum(terms.values())
         if "coarse" not in losses:
-            result.total = output_loss
-        elif output_loss is None:
-            result.total = factors["coarse"] * losses["coarse"]
-        else:
-            reference = losses["task"] if release and "task" in losses else output_loss
-            norms["coarse@C"] = self._gradient_norm(losses["coarse"], self.theta_coarse)
-            norms["output@C"] = self._gradient_norm(reference, self.theta_coarse)
-            result.weights["cross"] = self._ratio(norms["coarse@C"], norms["output@C"], 1e-4, 1e4)
-            result.total = factors["coarse"] * losses["coarse"] + result.weights["cross"] * output_loss
-        return result
+            return output_loss
+        coarse = factors["coarse"] * losses["coarse"]
+        if not terms:
+            return coarse
+        reference = losses["task"] if release and "task" in losses else output_loss
+        norms["coarse@C"] = self._gradient_norm(losses["coarse"], self.theta_coarse)
+        norms["output@C"] = self._gradient_norm(reference, self.theta_coarse)
+        weights["cross"] = self._ratio(norms["coarse@C"], norms["output@C"], 1e-4, 1e4)
+        return coarse + weights["cross"] * output_loss
 
     def _ratio(self, over: torch.Tensor, under: torch.Tensor, epsilon: float, largest: float) -> torch.Tensor:
         if self.mode == "release":

@@ -2,39 +2,24 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 from torch import nn
 
 
-def solver_timesteps(num_solver_steps: int, num_train_timesteps: int = 1000) -> list[int]:
+def phase_ends(timesteps: torch.Tensor, num_phases: int) -> torch.Tensor:
     """
-    The timesteps of the solver, rising, evenly spaced and ending with the last: of 4 they are 249, 499, 749, 999.
-
-    Raises:
-        ValueError: If they do not divide the schedule evenly.
-    """
-    if num_solver_steps < 1 or num_train_timesteps % num_solver_steps:
-        raise ValueError(f"`num_solver_steps` must divide {num_train_timesteps}, but is {num_solver_steps}.")
-    interval = num_train_timesteps // num_solver_steps
-    return list(range(interval - 1, num_train_timesteps, interval))
-
-
-def phase_ends(timesteps: torch.Tensor, num_phases: int, num_train_timesteps: int = 1000) -> torch.Tensor:
-    """
-    Where the phases end in which timesteps lie; below 0 is without noise.
+    Where the phases end in which timesteps of 1000 lie; below 0 is without noise.
 
     A sampler of `num_phases` steps begins each of its steps at the end of a phase (arXiv 2405.18407, section 3.2): the
     student learns to go from anywhere in a phase to its end, and so goes along the teacher's path in all its steps.
 
     Args:
         timesteps (`torch.Tensor` of shape `[B]`): Timesteps.
-        num_phases (`int`): Phases of equal length; a divisor of `num_train_timesteps`.
-        num_train_timesteps (`int`, defaults to 1000): Length of the noise schedule.
+        num_phases (`int`): Phases of equal length; a divisor of 1000.
 
     Returns:
         `torch.Tensor` of shape `[B]`.
     """
-    length = num_train_timesteps // num_phases
+    length = 1000 // num_phases
     return timesteps // length * length - 1
 
 
@@ -192,12 +177,3 @@ def gradient_penalty(real: list[torch.Tensor], features: list[torch.Tensor]) -> 
     """
     gradients = torch.autograd.grad([values.sum() for values in real], features, create_graph=True)
     return sum(gradient.square().flatten(1).sum(1).mean() for gradient in gradients) / len(gradients)
-
-
-def few_step_scheduler(scheduler) -> DDIMScheduler:
-    """
-    The sampler of a consistency model: DDIM in evenly spaced steps from pure noise.
-
-    With what such a model predicts it goes along the teacher's path, which a scheduler that noises anew leaves.
-    """
-    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", clip_sample=False)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..pictures.files import replace_file
 from ..pipelines.latents import encode_latents
-from .crops import number_of_name
+from .picture_sources import number_of_name
 
 logger = logging.getLogger(__name__)
 CACHE_FORMAT = 2
@@ -21,17 +21,15 @@ CACHE_FORMAT = 2
 
 @torch.no_grad()
 def with_latents(
-    batch: dict[str, torch.Tensor], vae: nn.Module, generators: list[torch.Generator]
+    batch: dict[str, torch.Tensor], vae: nn.Module, generators: torch.Generator | list[torch.Generator]
 ) -> dict[str, torch.Tensor]:
     """A batch with `latents` and `masked_latents`, encoded from its `pixel_values` if it comes without."""
     if "latents" in batch:
         return batch
     pixels = batch["pixel_values"]
     latents = encode_latents(vae, pixels, generators)
-    return batch | {
-        "latents": latents,
-        "masked_latents": encode_latents(vae, pixels * (1 - batch["mask"]), generators),
-    }
+    masked_latents = encode_latents(vae, pixels * (1 - batch["mask"]), generators)
+    return batch | {"latents": latents, "masked_latents": masked_latents}
 
 
 def mask_to_latent_size(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -42,22 +40,6 @@ def mask_to_latent_size(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor
 def hole_at_latent_size(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Marks every latent cell that the hole touches; `[B, 1, H, W]` to `[B, 1, *size]`."""
     return F.adaptive_max_pool2d(mask.float(), tuple(size))
-
-
-def _encode_unit(vae, unit, seed_name: str) -> dict[str, torch.Tensor]:
-    shard = {"latents": [], "masked_latents": [], "masks": [], "categories": []}
-    for position, crop in enumerate(unit):
-        if crop is None:
-            continue
-        pixels, masks = crop.pixels.to(vae.device), crop.masks.to(vae.device)
-        # A cache that was interrupted is the same as one that was not, where a posterior is sampled too.
-        generator = torch.Generator().manual_seed(number_of_name(f"{seed_name}/{position}"))
-        encoded = encode_latents(vae, torch.cat([pixels[None], pixels * (1 - masks)]), generator)
-        shard["latents"].append(encoded[0].half().cpu())
-        shard["masked_latents"].append(encoded[1:].half().cpu())
-        shard["masks"].append(torch.from_numpy(np.packbits(crop.masks[:, 0].numpy().astype(bool), axis=-1)))
-        shard["categories"].append(torch.tensor(crop.category))
-    return {name: torch.stack(values).contiguous() for name, values in shard.items() if values}
 
 
 @torch.no_grad()
@@ -91,14 +73,14 @@ def build_latent_cache(
     Raises:
         ValueError: If the folder holds a cache of other pictures or settings.
     """
-    cache_dir = Path(cache_dir)
+    cache_dir, cropper = Path(cache_dir), dataset.cropper
     cache_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(epoch, unit) for epoch in range(crops_per_picture) for unit in range(dataset.num_cache_units)]
     settings = {
         "format": CACHE_FORMAT,
-        "resolution": dataset.cropper.resolution,
-        "seed": dataset.cropper.seed,
-        "mask_presets": list(dataset.cropper.mask_presets),
+        "resolution": cropper.resolution,
+        "seed": cropper.seed,
+        "mask_presets": list(cropper.mask_presets),
         "masks_per_picture": masks_per_picture,
         "pictures": len(dataset) if hasattr(dataset, "__len__") else "a stream",
         "shards": len(jobs),
@@ -114,11 +96,21 @@ def build_latent_cache(
         path = cache_dir / f"latents-{epoch:03d}-{unit:05d}.safetensors"
         if path.exists():
             continue
-        encoded = _encode_unit(
-            vae, dataset.cache_unit(unit, epoch, masks_per_picture), f"{dataset.cropper.seed}/{path.stem}"
-        )
+        shard = {"latents": [], "masked_latents": [], "masks": [], "categories": []}
+        for position, (index, record) in enumerate(dataset.cache_unit(unit)):
+            crop = cropper(record, (epoch, index), masks_per_picture)
+            if crop is None:
+                continue
+            pixels, masks = crop["pixel_values"].to(vae.device), crop["mask"].to(vae.device)
+            # A cache that was interrupted is the same as one that was not, where a posterior is sampled too.
+            generator = torch.Generator().manual_seed(number_of_name(f"{cropper.seed}/{path.stem}/{position}"))
+            encoded = encode_latents(vae, torch.cat([pixels[None], pixels * (1 - masks)]), generator).half().cpu()
+            shard["latents"].append(encoded[0])
+            shard["masked_latents"].append(encoded[1:])
+            shard["masks"].append(torch.from_numpy(np.packbits(crop["mask"][:, 0].numpy().astype(bool), axis=-1)))
+            shard["categories"].append(crop["category"])
         with replace_file(path) as file:
-            file.write(save(encoded))
+            file.write(save({name: torch.stack(values).contiguous() for name, values in shard.items() if values}))
         logger.info("latent cache: shard %d of %d", number + 1, len(jobs))
 
 
@@ -136,28 +128,22 @@ class LatentCacheDataset(torch.utils.data.Dataset):
 
     def __init__(self, cache_dir: str | Path, max_samples: int | None = None):
         settings_file = Path(cache_dir) / "cache.json"
-        if not settings_file.exists():
-            raise ValueError(
-                f"`cache_dir` must be a folder with a latent cache, but {str(cache_dir)!r} holds none: name its"
-                " pictures too, and it is made."
-            )
-        settings = json.loads(settings_file.read_text())
-        if settings["format"] != CACHE_FORMAT:
-            raise ValueError(
-                f"`cache_dir` must be of format {CACHE_FORMAT}, but is {settings['format']}: make it anew."
-            )
+        settings = json.loads(settings_file.read_text()) if settings_file.exists() else {"format": None}
         paths = sorted(Path(cache_dir).glob("latents-*.safetensors"))
-        if len(paths) < settings["shards"]:
-            raise ValueError(
-                f"`cache_dir` {str(cache_dir)!r} is unfinished: name its pictures again, and the cache is completed."
-            )
         shards = [shard for path in paths if (shard := load_file(path))]
-        if not shards:
-            raise ValueError(f"`cache_dir` {str(cache_dir)!r} is empty: none of its pictures was readable.")
+        for is_wrong, what in (
+            (settings["format"] is None, "holds none: name its pictures too, and it is made"),
+            (settings["format"] != CACHE_FORMAT, f"is not of format {CACHE_FORMAT}: make it anew"),
+            (len(paths) < settings.get("shards", 0), "is unfinished: name its pictures again, and it is completed"),
+            (not shards, "is empty: none of its pictures was readable"),
+        ):
+            if is_wrong:
+                raise ValueError(f"`cache_dir` must be a folder with a latent cache, but {str(cache_dir)!r} {what}.")
+        # [N, C, h, w], [N, M, C, h, w], [N, M, H, W / 8], [N]
         self.latents, self.masked_latents, self.masks, self.categories = (
             torch.cat([shard[name] for shard in shards])[:max_samples]
             for name in ("latents", "masked_latents", "masks", "categories")
-        )  # [N, C, h, w], [N, M, C, h, w], [N, M, H, W / 8], [N]
+        )
 
     def __len__(self) -> int:
         return self.masks.shape[0] * self.masks.shape[1]

@@ -1,10 +1,10 @@
 """What every training script does around its loss: batches, optimiser steps, checkpoints, logs and the result."""
 
 import argparse
-import csv
 import json
 import logging
 import math
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -17,12 +17,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
+from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from .checkpoints import checkpoint_step, complete_checkpoint, find_checkpoint, partial_checkpoint
-from .data import TrainingBatches
+from ..pictures.files import replace_file
+from .data import TrainingBatches, describe_dataset
 from .objective import sample_generators
 from .optimizers import build_lr_scheduler, build_optimizer
 
@@ -37,8 +38,8 @@ class TrainingLoop:
     """
     The loop of a training script.
 
-    A script has the step in its own text, see `training/train_inpainting.py`. What is the same for all is here: optimiser,
-    learning rate, batches and their randomness, average of the weights, logs, checkpoints, signals.
+    A script has the step in its own text, see `training/train_inpainting.py`. What is the same for all is here:
+    optimiser, learning rate, batches and their randomness, average of the weights, logs, checkpoints, signals.
 
     A step whose loss or gradient is not finite in any process is skipped in all of them: the weights, their average
     and BatchNorm's statistics stay as they were. After ten of them in a row the run ends with a checkpoint of that
@@ -55,10 +56,12 @@ class TrainingLoop:
         step (`int`): Optimiser steps done, skipped ones included.
         skipped (`int`): Steps skipped.
         finished (`bool`): Whether all steps are done.
+        log_rows (`list[dict]`): The rows of `loss.csv`.
         upcoming (iterator): After [`~TrainingLoop.batches`], the batches that would have come next.
     """
 
     def __init__(self, args: argparse.Namespace, project: str):
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         self.args = args
         self.output_dir = Path(args.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -66,9 +69,7 @@ class TrainingLoop:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=args.report_to,
-            project_config=ProjectConfiguration(
-                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / args.logging_dir)
-            ),
+            project_config=ProjectConfiguration(str(self.output_dir), str(self.output_dir / args.logging_dir)),
             step_scheduler_with_optimizer=False,
         )
         args.mixed_precision = self.accelerator.mixed_precision
@@ -92,8 +93,8 @@ class TrainingLoop:
         self.ema: EMAModel | None = None
         self._data_states: list[dict] | None = None
         self._broken = self._stop_agreed = False
-        self._sums: dict[str, float] = {}
-        self._counts = 0
+        self.log_rows: list[dict] = []
+        self._logged: list[dict[str, float]] = []  # since the last row
 
     @property
     def is_main(self) -> bool:
@@ -108,19 +109,24 @@ class TrainingLoop:
     def finished(self) -> bool:
         return self.step >= self.args.max_train_steps
 
-    def prepare(self, model: nn.Module, save_parts: Callable[[Path], None]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def prepare(
+        self, model: nn.Module, dataset, save_parts: Callable[[Path], None]
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """
         Wraps what is trained for the processes, and goes on from a checkpoint if that is asked for.
 
         Args:
             model (`torch.nn.Module`): One module with all that is trained.
+            dataset: Of [`build_dataset`].
             save_parts (callable): Writes it (with averaged weights, if there are any) into a checkpoint folder, ready
                 to be used.
 
         Returns:
             The model to call and its optimiser.
         """
-        args = self.args
+        args, self.dataset = self.args, dataset
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
+        logger.info("%s, %.2f M parameters are trained", describe_dataset(args, dataset), trained)
         optimizer = build_optimizer(args, model, self.accelerator.device, self.accelerator.num_processes)
         lr_scheduler = build_lr_scheduler(args, optimizer)
         if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
@@ -130,7 +136,6 @@ class TrainingLoop:
         if args.use_ema:
             # The warm-up (1 + n) / (10 + n) lets a short run follow its weights at first.
             self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay)
-            self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
         self.accelerator.register_for_checkpointing(self)
         if args.resume_from_checkpoint:
@@ -141,9 +146,9 @@ class TrainingLoop:
                 self.accelerator.load_state(str(folder))
                 self.step = checkpoint_step(folder)
                 logger.info("resuming from %s", folder)
-        if self.is_main:
-            self._open_log()
-        self._remember_buffers()
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # accelerate loads it to the processor
+        self._good_statistics = [buffer.clone() for buffer in self._statistics()]
         return self.model, self.optimizer
 
     @property
@@ -157,10 +162,10 @@ class TrainingLoop:
 
     # What accelerate stores with a checkpoint.
     def state_dict(self) -> dict:
-        return {"skipped": self.skipped, "data": self._data_states}
+        return {"skipped": self.skipped, "data": self._data_states, "log": self.log_rows}
 
     def load_state_dict(self, state: dict) -> None:
-        self.skipped, self._data_states = state["skipped"], state.get("data")
+        self.skipped, self._data_states, self.log_rows = state["skipped"], state["data"], state.get("log", [])
 
     def _set_train_mode(self) -> None:
         self.model.train()
@@ -176,23 +181,16 @@ class TrainingLoop:
             position = number * accelerator.num_processes + accelerator.process_index
             yield batch, sample_generators(self.args.seed, position * size, len(batch["mask"]))
 
-    def batches(self, dataset) -> Iterator[tuple[dict, list[torch.Generator]]]:
+    def batches(self) -> Iterator[tuple[dict, list[torch.Generator]]]:
         """Yields batches with the generators of their samples until all steps are done or a stop is requested."""
         args = self.args
         self._set_train_mode()
         self._progress = tqdm(initial=self.step, total=args.max_train_steps, disable=not self.is_main, mininterval=10)
         with self._progress, self._stopping_at_signals():
             first_batch = self.step * args.gradient_accumulation_steps
-            self._batches = TrainingBatches(
-                dataset,
-                args.train_batch_size,
-                args.seed,
-                first_batch,
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-                args.dataloader_num_workers,
-                self._data_states,
-            )
+            order = args.train_batch_size, args.seed, first_batch
+            place = self.accelerator.process_index, self.accelerator.num_processes, args.dataloader_num_workers
+            self._batches = TrainingBatches(self.dataset, *order, *place, self._data_states)
             self.upcoming = self._with_generators(first_batch)
             while not self.finished and not self.stop_requested:
                 yield next(self.upcoming)
@@ -206,26 +204,20 @@ class TrainingLoop:
 
     @contextmanager
     def _stopping_at_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {}
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        previous = {number: signal.getsignal(number) for number in numbers}
 
         def request_stop(number, frame):
             self.stop_requested = True
             signal.signal(number, previous[number])
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, request_stop)
         try:
+            for number in numbers:
+                signal.signal(number, request_stop)
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def accumulate(self):
-        """The context of one batch: gradients are shared between processes at the last batch of a step only."""
-        return self.accelerator.accumulate(self.model)
+            for number in numbers:
+                signal.signal(number, previous[number])
 
     def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over the processes."""
@@ -244,7 +236,7 @@ class TrainingLoop:
         self._broken = self.accelerator.scaler is None and not math.isfinite(gradient_norm)
         return not self._broken
 
-    def end_batch(self, logged: dict[str, torch.Tensor | float]) -> None:
+    def end_batch(self, logged: dict[str, torch.Tensor]) -> None:
         """
         Ends a batch and, with the last one of a step, the step: average of the weights, logs, checkpoint.
 
@@ -253,22 +245,20 @@ class TrainingLoop:
         """
         args = self.args
         if not self._broken:
-            for name, value in logged.items():
-                value = float(value.detach()) if isinstance(value, torch.Tensor) else value
-                self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts += 1
+            self._logged.append({name: value.item() for name, value in logged.items()})
         if not self.accelerator.sync_gradients:
             return
         if self._broken:
             self.skipped += 1
             self._skipped_in_row += 1
             logger.warning("step %d skipped: its loss or gradient is not finite", self.step + 1)
-            self._restore_buffers()
+            for buffer, value in zip(self._statistics(), self._good_statistics):
+                buffer.copy_(value)
         else:
             self._skipped_in_row = 0
             if self.ema is not None:
                 self.ema.step(self.trained_parameters)
-            self._remember_buffers()
+            self._good_statistics = [buffer.clone() for buffer in self._statistics()]
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
         self._broken = False
@@ -292,55 +282,28 @@ class TrainingLoop:
         """Whether a step has just been completed whose number is a multiple of `every`."""
         return self.accelerator.sync_gradients and self.step % every == 0
 
-    def _remember_buffers(self) -> None:
-        # Running statistics, which a forward pass with a NaN spoils before anybody sees the loss.
-        self._buffers = {
-            name: buffer.detach().clone()
-            for name, buffer in self.model.named_buffers()
-            if name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
-        }
-
-    @torch.no_grad()
-    def _restore_buffers(self) -> None:
-        buffers = dict(self.model.named_buffers())
-        for name, value in self._buffers.items():
-            buffers[name].copy_(value)
-
-    def _open_log(self) -> None:
-        # Rows beyond the step that a resumed run goes on from belong to what is done again.
-        self.log_file = self.output_dir / "loss.csv"
-        rows = self.log_rows()
-        kept = [row for row in rows if int(row["step"]) <= self.step] if self.step else []
-        self.log_file.unlink(missing_ok=True)
-        for row in kept:
-            self._write_row(row)
-
-    def log_rows(self) -> list[dict[str, str]]:
-        """The rows of `loss.csv`."""
-        if not self.log_file.exists():
-            return []
-        with self.log_file.open(newline="") as file:
-            return list(csv.DictReader(file))
-
-    def _write_row(self, row: dict) -> None:
-        is_new = not self.log_file.exists()
-        with self.log_file.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row.keys())
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+    def _statistics(self) -> list[torch.Tensor]:
+        """BatchNorm's, which a forward pass with a NaN spoils before anybody sees the loss."""
+        kinds = ("running_mean", "running_var", "num_batches_tracked")
+        return [buffer for name, buffer in self.model.named_buffers() if name.endswith(kinds)]
 
     def _log(self) -> None:
-        if not self._counts:  # every step since the last time was skipped
+        if not self._logged:  # every step since the last time was skipped
             return
-        means = torch.tensor([value / self._counts for value in self._sums.values()])
+        means = torch.tensor([list(values.values()) for values in self._logged]).mean(0)
         means = self.reduce(means.to(self.accelerator.device)).tolist()
-        values = dict(zip(self._sums, means)) | {"lr": self.lr_scheduler.get_last_lr()[0], "skipped": self.skipped}
+        values = dict(zip(self._logged[0], means)) | {
+            "lr": self.lr_scheduler.get_last_lr()[0],
+            "skipped": self.skipped,
+        }
         if self.is_main:
-            self._write_row({"step": self.step} | {name: f"{value:.6g}" for name, value in values.items()})
+            self.log_rows.append({"step": self.step} | {name: f"{value:.6g}" for name, value in values.items()})
+            lines = [self.log_rows[0].keys(), *(row.values() for row in self.log_rows)]
+            with replace_file(self.output_dir / "loss.csv") as file:
+                file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
             self._progress.set_postfix({name: f"{value:.4g}" for name, value in values.items() if name != "skipped"})
         self.accelerator.log(values, step=self.step)
-        self._sums, self._counts = {}, 0
+        self._logged = []
 
     @contextmanager
     def averaged_weights(self) -> Iterator[nn.Module]:
@@ -361,7 +324,8 @@ class TrainingLoop:
         """Writes `checkpoint-STEP`; the folder has this name only once all of it is there."""
         partial = self.output_dir / f"partial-{self.step}"
         if self.is_main:
-            partial_checkpoint(self.output_dir, self.step).mkdir()
+            remove_partial(self.output_dir)
+            partial.mkdir()
         self.accelerator.wait_for_everyone()
         self._data_states = gather_object([self._batches.state_dict()])
         self.accelerator.save_state(str(partial))
@@ -382,11 +346,68 @@ class TrainingLoop:
             finally:
                 self._set_train_mode()
 
-    def log_images(self, images: dict, step: int) -> None:
-        """Sends pictures (PIL) to the trackers that take some."""
+    def log_image(self, name: str, image: Image.Image) -> None:
+        """Sends a picture to the trackers that take some."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                arrays = {name: np.asarray(image)[None] for name, image in images.items()}
-                tracker.log_images(arrays, step=step, dataformats="NHWC")
+                tracker.log_images({name: np.asarray(image)[None]}, step=self.step, dataformats="NHWC")
             elif tracker.name == "wandb":
-                tracker.log_images({name: [image] for name, image in images.items()}, step=step)
+                tracker.log_images({name: [image]}, step=self.step)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints `checkpoint-STEP`, oldest first."""
+    return sorted(output_dir.glob("checkpoint-*[0-9]"), key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step of a checkpoint by its name."""
+    step = folder.name.rpartition("-")[2]
+    if not step.isdigit():
+        raise ValueError(f"`resume_from_checkpoint` must be a folder named checkpoint-STEP, but is {str(folder)!r}.")
+    return int(step)
+
+
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
+    """
+    The checkpoint to go on from: a folder, the name of one in `output_dir`, or `"latest"`, which may be none.
+
+    Raises:
+        ValueError: If the folder does not exist.
+    """
+    if resume_from_checkpoint == "latest":
+        return next(reversed(list_checkpoints(output_dir)), None)
+    for folder in (Path(resume_from_checkpoint), output_dir / resume_from_checkpoint):
+        if folder.is_dir():
+            return folder
+    raise ValueError(
+        f"`resume_from_checkpoint` must be a folder or `latest`, but {resume_from_checkpoint!r} is neither, nor is"
+        f" there one of that name in {str(output_dir)!r}."
+    )
+
+
+def remove_partial(output_dir: Path) -> None:
+    """Removes what a killed run left of checkpoints that it wrote or deleted."""
+    for leftover in output_dir.glob("partial-*"):
+        shutil.rmtree(leftover)
+
+
+def complete_checkpoint(partial: Path, total_limit: int | None) -> Path:
+    """
+    Gives a whole checkpoint, `partial-STEP`, its final name, then deletes the oldest ones beyond the limit.
+
+    A run that is killed at any moment of this has at least one complete checkpoint to go on from if it had one before.
+    """
+    target = partial.with_name(f"checkpoint-{checkpoint_step(partial)}")
+    if target.exists():
+        _put_away(target)
+    partial.rename(target)
+    for old in list_checkpoints(target.parent)[: -total_limit if total_limit else 0]:
+        _put_away(old)
+    remove_partial(target.parent)
+    return target
+
+
+def _put_away(checkpoint: Path) -> None:
+    # Deleting takes time, and half a folder must not look like a whole one.
+    checkpoint.rename(checkpoint.with_name(f"partial-old-{checkpoint.name}"))

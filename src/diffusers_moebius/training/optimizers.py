@@ -9,6 +9,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+MOMENTUM = 0.95  # Nesterov's, of the Muon part
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -46,8 +47,6 @@ class Muon(torch.optim.AdamW):
         params: Parameter groups, each with a bool `use_muon`; see [`muon_parameter_groups`].
         lr (`float`, defaults to 2e-4): Learning rate of both kinds.
         weight_decay (`float`, defaults to 0.1): Decoupled weight decay.
-        momentum (`float`, defaults to 0.95): Nesterov momentum of the Muon part.
-        ns_steps (`int`, defaults to 5): Newton–Schulz iterations.
         ns_dtype (`torch.dtype`, defaults to `torch.bfloat16`): Type in which the matrices are orthogonalised.
         kwargs: `betas` and `eps` of the AdamW part.
 
@@ -60,8 +59,6 @@ class Muon(torch.optim.AdamW):
         params,
         lr: float = 2e-4,
         weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        ns_steps: int = 5,
         ns_dtype: torch.dtype = torch.bfloat16,
         **kwargs,
     ):
@@ -70,7 +67,6 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             if "use_muon" not in group:
                 raise ValueError("`params` must be groups with `use_muon` set; `muon_parameter_groups` makes them.")
-            group.update(momentum=momentum, ns_steps=ns_steps)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -91,12 +87,12 @@ class Muon(torch.optim.AdamW):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
                 state["step"] = torch.zeros(())  # not counted: AdamW wants one in every state that it loads
-            buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(parameter.grad)
-            update = parameter.grad.add(buffer, alpha=group["momentum"])
+            buffer = state["momentum_buffer"].mul_(MOMENTUM).add_(parameter.grad)
+            update = parameter.grad.add(buffer, alpha=MOMENTUM)
             by_shape[parameter.shape].append((parameter, update.flatten(1)))
         for shape, members in by_shape.items():
             stacked = torch.stack([update for _, update in members]).to(self.ns_dtype)
-            updates = orthogonalize(stacked, group["ns_steps"])
+            updates = orthogonalize(stacked)
             scale = 0.2 * max(shape[:2]) ** 0.5
             for (parameter, _), update in zip(members, updates):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])

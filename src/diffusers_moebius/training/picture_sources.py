@@ -1,13 +1,16 @@
 """Pictures with their masks and categories: from folders, tar shards, JSON lines and `datasets`."""
 
+import hashlib
 import io
 import json
 import logging
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from glob import glob
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,59 +24,50 @@ NO_CATEGORY = -1
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-@dataclass(frozen=True, slots=True)
-class FilePart:
-    """Bytes of a file: all of it, or `size` bytes from `offset` on (a member of a tar shard)."""
-
-    path: Path
-    offset: int = 0
-    size: int = -1
-
-    def read(self) -> bytes:
-        # Opened anew each time: processes that share a file handle would share its position too.
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A picture in a table of `datasets`; where the data set is made of files, the table has their paths."""
-
-    table: Any
-    row: int
-    column: str
-
-    def read(self) -> bytes:
-        entry = self.table[self.row][self.column]
-        if entry is None:
-            raise ValueError("there is no picture")
-        return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One picture of a source, not read yet, with its name in reports."""
+class Record(NamedTuple):
+    """One picture of a source, not decoded yet: files as bytes or functions that read them, and a name for reports."""
 
     name: str
-    picture: FilePart | Cell | bytes
-    mask: FilePart | bytes | None = None
+    picture: bytes | Callable[[], bytes]
+    mask: bytes | Callable[[], bytes] | None = None
     category: int = NO_CATEGORY
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture that was read: RGB, its own mask `[H, W]` if it has one, and its category's number or -1."""
+class _StrictTarInfo(tarfile.TarInfo):
+    """The standard reader takes a broken header behind the first one for the end of the archive, without a word."""
 
-    image: Image.Image
-    mask: np.ndarray | None = None
-    category: int = NO_CATEGORY
+    @classmethod
+    def fromtarfile(cls, archive):
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
+            raise tarfile.ReadError(f"broken at byte {archive.offset}: {error}") from error
+
+
+def read_part(path: Path, offset: int = 0, size: int = -1) -> bytes:
+    """Reads a file, or a member of a tar shard; opened anew, as processes that share a handle share its position."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def read_cell(table, row: int, column: str) -> bytes:
+    """Reads a picture in a table of `datasets`; where the data set is made of files, the table has their paths."""
+    entry = table[row][column]
+    if entry is None:
+        raise ValueError("there is no picture")
+    return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
 
 
 def is_picture(name: str) -> bool:
     """Whether a file name is that of a picture and not of a picture's mask."""
     name = name.lower()
     return name.endswith(PICTURE_SUFFIXES) and not name.endswith(MASK_SUFFIX)
+
+
+def number_of_name(name: str) -> int:
+    """A number that stands for a sample's name, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 def make_record(name: str, picture, mask, category: str | None, where: str) -> Record:
@@ -85,25 +79,64 @@ def make_record(name: str, picture, mask, category: str | None, where: str) -> R
     return Record(name, picture, mask, CATEGORIES.get(category, NO_CATEGORY))
 
 
-def shard_record(shard: str | Path, name: str, members: dict) -> Record:
+def read_shard(shard: str, lost: list[str], stream: bool = True) -> Iterator[Record]:
     """
-    A record of a tar shard: `KEY.json` may name a `category`, and `KEY.mask.png` is then the mask.
+    Reads the samples of a tar shard in order, up to where it is broken.
 
-    A mask without a category does not count: evaluation sets have masks too.
+    `datasets` opens URLs, with the token of the hub and its retries.
+
+    Members of one sample (`KEY.jpg`, `KEY.json`, `KEY.mask.png`) follow each other, as WebDataset has it. The JSON
+    file may name a `category`; a mask without one does not count, since evaluation sets have masks too.
 
     Args:
-        shard (`str` or `Path`): The shard.
-        name (`str`): Name of the picture in it.
-        members (`dict`): What there is of its sample, by name; the JSON file as bytes.
+        shard (`str`): Path or URL: `http(s)://`, or `hf://[datasets/]owner/name[@revision]/path`.
+        lost (`list[str]`): The error is appended to it if the shard, or the rest of it, cannot be read.
+        stream (`bool`, defaults to `True`): Give files as bytes, read from front to back; else, of a shard on disk,
+            functions that read them.
+
+    Raises:
+        ValueError: If a category is unknown, or `foreground` without a mask.
     """
-    key = name.rpartition(".")[0]
+    open_shard = open
+    if is_url(shard):
+        from datasets.utils.file_utils import xopen as open_shard
+
+    def wanted(archive) -> Iterator[tarfile.TarInfo]:
+        for member in archive:
+            # The archive keeps no members: a shard of a million would fill the memory with their headers.
+            archive.members = []
+            if member.isfile() and member.name.lower().endswith((*PICTURE_SUFFIXES, ".json")):
+                yield member
+
+    def key(member) -> str:
+        folder, slash, name = member.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+    mode = "r|" if stream else "r:"
     try:
-        entry = json.loads(members.get(f"{key}.json", b"null"))
+        with open_shard(shard, "rb") as file, tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictTarInfo) as archive:
+            for _, sample in groupby(wanted(archive), key):
+                files = {}
+                for member in sample:
+                    if stream or member.name.endswith(".json"):
+                        files[member.name] = archive.extractfile(member).read()
+                    else:
+                        files[member.name] = partial(read_part, Path(shard), member.offset_data, member.size)
+                yield from (_shard_record(shard, name, files) for name in files if is_picture(name))
+    except (tarfile.TarError, OSError, EOFError) as error:
+        lost.append(f"{shard}: {type(error).__name__}: {error}")
+        logger.warning("skipped the rest of a shard: %s", lost[-1])
+
+
+def _shard_record(shard: str, name: str, files: dict) -> Record:
+    stem, where = name.rpartition(".")[0], f"{shard}/{name}"
+    try:
+        entry = json.loads(files.get(f"{stem}.json", b"null"))
     except ValueError:
         entry = None
     category = entry.get("category") if isinstance(entry, dict) else None
-    mask = members.get(key + MASK_SUFFIX) if category is not None else None
-    return make_record(f"{shard}/{name}", members[name], mask, category, f"{shard}/{name}")
+    mask = files.get(stem + MASK_SUFFIX) if category is not None else None
+    return make_record(where, files[name], mask, category, where)
 
 
 def is_url(source: str | Path) -> bool:
@@ -123,42 +156,18 @@ def expand_shards(source: str | Path) -> list[str]:
         names = [str(source)] if Path(source).is_file() else list(braceexpand(str(source)))
     except UnbalancedBracesError as error:
         raise ValueError(f"`sources` must have braces in pairs, but are {str(source)!r}: {error}.") from error
-    if is_url(source):
-        if "*" in str(source):
-            raise ValueError(f"`sources` may use braces in URLs but no `*`: {str(source)!r}.")
-        return names
     shards = []
-    for path in map(Path, names):
-        found = [path] if path.is_file() else sorted(path.parent.glob(path.name))
+    for name in names:
+        found = [name] if Path(name).is_file() or (is_url(name) and "*" not in name) else sorted(glob(name))
         if not found:
-            raise ValueError(f"`sources` must name folders or tar shards, but {str(path)!r} does not exist.")
-        shards += map(str, found)
+            raise ValueError(f"`sources` must name folders, tar shards or, without `*`, URLs; there is no {name!r}.")
+        shards += found
     return shards
-
-
-def index_shard(shard: str) -> list[Record]:
-    """The pictures of a local tar shard."""
-    members = {}
-    try:
-        with tarfile.open(shard) as archive:
-            for member in archive:
-                if member.isfile():
-                    part = FilePart(Path(shard), member.offset_data, member.size)
-                    members[member.name] = part.read() if member.name.endswith(".json") else part
-    except tarfile.TarError as error:
-        raise ValueError(f"`sources` must name folders or tar shards, but {shard!r} is none: {error}.") from error
-    return [shard_record(shard, name, members) for name in members if is_picture(name)]
 
 
 def read_metadata(path: str | Path) -> list[Record]:
     """
     Reads a file of JSON lines: `image`, optionally `mask` and `category`, paths relative to the file.
-
-    Args:
-        path (`str` or `Path`): The file.
-
-    Returns:
-        `list[Record]`: One for each line that is not blank.
 
     Raises:
         ValueError: With the number of the line, if it is no such object, has an unknown category, or says
@@ -174,15 +183,13 @@ def read_metadata(path: str | Path) -> list[Record]:
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`train_metadata` must hold JSON lines, but {where} is none: {error}.") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise ValueError(f"`train_metadata` must have a path `image` in every line, but {where} has not.")
-        mask = entry.get("mask")
-        if mask is not None and not isinstance(mask, str):
-            raise ValueError(f"`mask` must be a path, but is {mask!r} in {where}.")
-        parts = [FilePart(path.parent / name) if name is not None else None for name in (entry["image"], mask)]
-        records.append(make_record(f"{entry['image']} ({where})", *parts, entry.get("category"), where))
+            names = [entry["image"], entry.get("mask")]
+            picture, mask = (partial(read_part, path.parent / name) if name is not None else None for name in names)
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"`train_metadata` must hold JSON lines with paths `image` and perhaps `mask`, but {where} is {line}."
+            ) from error
+        records.append(make_record(f"{names[0]} ({where})", picture, mask, entry.get("category"), where))
     if not records:
         raise ValueError(f"`train_metadata` must have lines, but {str(path)!r} has none.")
     return records
@@ -197,7 +204,7 @@ def read_table(name: str, config_name: str | None, split: str, image_column: str
     if not isinstance(kind, datasets.Image):
         raise ValueError(f"`image_column` must hold pictures, but {image_column!r} is {kind} of {table.column_names}.")
     table = table.cast_column(image_column, datasets.Image(decode=False))
-    return [Record(f"row {row}", Cell(table, row, image_column)) for row in range(len(table))]
+    return [Record(f"row {row}", partial(read_cell, table, row, image_column)) for row in range(len(table))]
 
 
 def list_pictures(sources: Sequence[str | Path]) -> list[Record]:
@@ -215,27 +222,32 @@ def list_pictures(sources: Sequence[str | Path]) -> list[Record]:
     for source in sources:
         if Path(source).is_dir():
             files = (file for file in sorted(Path(source).rglob("*")) if is_picture(file.name))
-            records += [Record(str(file), FilePart(file)) for file in files]
+            records += [Record(str(file), partial(read_part, file)) for file in files]
         else:
-            records += [record for shard in expand_shards(source) for record in index_shard(shard)]
+            for shard in expand_shards(source):
+                lost: list[str] = []
+                found = list(read_shard(shard, lost, stream=False))
+                if lost and not found:
+                    raise ValueError(f"`sources` must name folders or tar shards, but {shard!r} is none: {lost[0]}.")
+                records += found
     if sources and not records:
         raise ValueError(f"`sources` must hold pictures ({', '.join(PICTURE_SUFFIXES)}), but {[*sources]} do not.")
     return records
 
 
-def read_picture(record: Record) -> Picture | None:
+def read_picture(record: Record) -> tuple[Image.Image, np.ndarray | None] | None:
     """
     Decodes a picture to RGB with its EXIF orientation applied, and its mask, where at least half bright is hole.
 
     Returns:
-        [`Picture`], or `None` if one of the two cannot be read.
+        The picture and its own mask `[H, W]`, if it has one; or `None` if one of the two cannot be read.
 
     Raises:
         ValueError: If the mask can be read and does not fit: a mistake in the data that skipping would hide.
     """
 
     def open_upright(part, mode: str) -> Image.Image:
-        file = io.BytesIO(part if isinstance(part, bytes) else part.read())
+        file = io.BytesIO(part if isinstance(part, bytes) else part())
         return ImageOps.exif_transpose(Image.open(file)).convert(mode)
 
     try:
@@ -245,7 +257,7 @@ def read_picture(record: Record) -> Picture | None:
         logger.warning("skipped, unreadable: %s: %s", record.name, error)
         return None
     if mask is None:
-        return Picture(image, None, record.category)
+        return image, None
     if mask.size != image.size:
         raise ValueError(
             f"`mask` must have the size of its picture, {image.width}×{image.height}, but is"
@@ -254,4 +266,4 @@ def read_picture(record: Record) -> Picture | None:
     mask = np.asarray(mask) >= 128
     if not mask.any():
         raise ValueError(f"`mask` must mark something, but is empty in {record.name}.")
-    return Picture(image, mask, record.category)
+    return image, mask

@@ -65,31 +65,25 @@ def build_pipeline(args: argparse.Namespace, teacher: MoebiusInpaintPipeline | N
 
 def check_schedules(student: MoebiusInpaintPipeline, teacher: MoebiusInpaintPipeline) -> None:
     """Raises the error of a student whose predictions mean something else than its teacher's."""
-    own, other = (pipeline.scheduler.config for pipeline in (student, teacher))
-    if own.prediction_type != other.prediction_type:
-        raise ValueError(
-            f"Teacher and student must predict the same, but the teacher's `prediction_type` is"
-            f" {other.prediction_type!r} and the student's {own.prediction_type!r}: set `--prediction_type`, or leave"
-            " it out for a new student."
-        )
+    own, other = (
+        {**pipeline.scheduler.config, "latent_channels": pipeline.vae.config.latent_channels}
+        for pipeline in (student, teacher)
+    )
+    names = ["prediction_type", "latent_channels"]
     # The noise itself, whatever makes it: betas, their schedule and number, zero terminal SNR.
     betas = [pipeline.scheduler.alphas_cumprod for pipeline in (student, teacher)]
     if betas[0].shape != betas[1].shape or not torch.allclose(*betas, rtol=1e-4, atol=1e-7):
-        names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
-        differences = [
-            f"`{name}` is {other.get(name)!r} of the teacher and {own.get(name)!r} of the student"
-            for name in (*names, "rescale_betas_zero_snr")
-            if own.get(name) != other.get(name)
-        ]
+        names += ["num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas"]
+        names += ["rescale_betas_zero_snr"]
+    differences = [
+        f"`{name}` is {other.get(name)!r} of the teacher and {own.get(name)!r} of the student"
+        for name in names
+        if own.get(name) != other.get(name)
+    ]
+    if differences:
         raise ValueError(
-            f"Teacher and student need one noise schedule, but {'; '.join(differences)}: set"
-            " `--rescale_betas_zero_snr`, or leave `--prediction_type` out for a new student."
-        )
-    channels = [pipeline.vae.config.latent_channels for pipeline in (student, teacher)]
-    if channels[0] != channels[1]:
-        raise ValueError(
-            f"Teacher and student need one space of latents, but the teacher's has {channels[1]} channels and the"
-            f" student's {channels[0]}: set `--vae`."
+            f"Teacher and student must agree in predictions, noise and latents, but {'; '.join(differences)}: set"
+            " `--prediction_type`, `--rescale_betas_zero_snr` or `--vae`, or leave them out for a new student."
         )
 
 

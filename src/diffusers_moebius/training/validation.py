@@ -8,13 +8,14 @@ from itertools import islice
 import torch
 from diffusers import DDIMScheduler
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image, ImageDraw
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageOps
 
-from ..pipelines.latents import encode_latents
-from .crops import Cropper, PictureDataset
+from ..evaluation.lpips import LPIPS, distance_map
+from .crops import Cropper
 from .denoiser import ConditionedDenoiser
+from .latent_cache import with_latents
 from .objective import noise_batch, sample_generators
-from .perceptual import LPIPS, distance_map
 from .picture_sources import list_pictures
 
 LABEL_HEIGHT = 14  # pixels above each row of a contact sheet
@@ -30,39 +31,31 @@ class Validation:
     """
 
     def __init__(self, args: argparse.Namespace, vae):
-        records = list_pictures(args.validation_data)
-        dataset = PictureDataset(records, Cropper(args.resolution, args.mask_presets, seed=0))
-        crops = (crop for index in range(len(dataset)) if (crop := dataset.crop(index, 1)) is not None)
-        crops = list(islice(crops, args.num_validation_images))
+        cropper = Cropper(args.resolution, args.mask_presets)
+        crops = (cropper(record, (0, index)) for index, record in enumerate(list_pictures(args.validation_data)))
+        crops = list(islice(filter(None, crops), args.num_validation_images))
         if not crops:
             raise ValueError("`validation_data` holds no readable photo.")
         self.args, self.vae = args, vae
-        self.photos = torch.stack([crop.pixels for crop in crops]) / 2 + 0.5  # [N, 3, H, W] in [0, 1]
-        self.masks = torch.cat([crop.masks for crop in crops])  # [N, 1, H, W]
+        self.photos = torch.stack([crop["pixel_values"] for crop in crops]) / 2 + 0.5  # [N, 3, H, W] in [0, 1]
+        self.masks = torch.cat([crop["mask"] for crop in crops])  # [N, 1, H, W]
 
     @torch.no_grad()
     def loss(self, model: ConditionedDenoiser, scheduler: DDIMScheduler) -> dict[str, float]:
         """The objective on the photos, at the same timesteps and noise each time."""
-        pixels, masks = (2 * self.photos - 1).to(self.vae.device), self.masks.to(self.vae.device)
-        generator = torch.Generator().manual_seed(0)
-        batch = {
-            "latents": encode_latents(self.vae, pixels, generator),
-            "masked_latents": encode_latents(self.vae, pixels * (1 - masks), generator),
-            "mask": masks,
-        }
-        num_embeddings = model.lcg_embedder.config.num_embeddings
+        batch = {"pixel_values": 2 * self.photos - 1, "mask": self.masks}
+        batch = {name: tensor.to(self.vae.device) for name, tensor in batch.items()}
+        batch = with_latents(batch, self.vae, torch.Generator().manual_seed(0))
+        num_embeddings, count = model.lcg_embedder.config.num_embeddings, len(self.photos)
         # Four rounds, since one timestep for each of a few photos says little.
-        losses, hole_errors = [], []
+        errors = []
         for number in range(4):
-            generators = sample_generators(0, number * len(pixels), len(pixels))
+            generators = sample_generators(0, number * count, count)
             noised = noise_batch(self.args, scheduler, batch, generators, num_embeddings)
             prediction = model(noised.model_input, noised.timesteps, noised.category_ids).sample
-            losses.append(noised.loss(prediction))
-            hole_errors.append(noised.hole_error(prediction))
-        return {
-            "validation_loss": torch.stack(losses).mean().item(),
-            "validation_hole_error": torch.stack(hole_errors).mean().item(),
-        }
+            errors.append(torch.stack([noised.loss(prediction), noised.hole_error(prediction)]))
+        loss, hole_error = torch.stack(errors).mean(0).tolist()
+        return {"validation_loss": loss, "validation_hole_error": hole_error}
 
     @torch.no_grad()
     def fill(self, pipeline, **options) -> torch.Tensor:
@@ -123,18 +116,15 @@ class Validation:
             target (`torch.Tensor`, *optional*): What the PSNR compares with; the photos by default.
         """
         rows = {"input": self.photos * (1 - self.masks), **rows, "photo": self.photos}
-        count, _, height, width = self.photos.shape
-        sheet = Image.new("RGB", (count * width, len(rows) * (height + LABEL_HEIGHT)), "white")
-        draw = ImageDraw.Draw(sheet)
-        for row, (name, pictures) in enumerate(rows.items()):
-            top = row * (height + LABEL_HEIGHT)
+        cells = []
+        for name, pictures in rows.items():
             scores = self.hole_psnr(pictures, target)
-            pictures = VaeImageProcessor().postprocess(pictures, "pil", [False] * count)
-            for column, picture in enumerate(pictures):
-                sheet.paste(picture, (column * width, top + LABEL_HEIGHT))
-                number = "" if name in ("input", "photo") else f"{scores[column]:.1f} dB"
-                draw.text((column * width + 2, top + 1), f"{name if not column else ''} {number}".strip(), "black")
-        return sheet
+            for column, picture in enumerate(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pictures))):
+                label = [name] * (column == 0) + [f"{scores[column]:.1f} dB"] * (name not in ("input", "photo"))
+                cell = ImageOps.expand(picture, (0, LABEL_HEIGHT, 0, 0), "white")
+                ImageDraw.Draw(cell).text((2, 1), " ".join(label), "black")
+                cells.append(cell)
+        return make_image_grid(cells, len(rows), len(self.photos))
 
     def write(self, loop, rows: dict[str, torch.Tensor], scores: dict[str, float], target=None) -> None:
         """Writes and logs the contact sheet and the numbers of the loop's present step."""
@@ -142,5 +132,5 @@ class Validation:
         sheet = self.sheet(rows, target)
         sheet.save(loop.output_dir / f"{name}.png")
         (loop.output_dir / f"{name}.json").write_text(json.dumps(scores, indent=2) + "\n")
-        loop.log_images({", ".join(["input", *rows, "photo"]): sheet}, loop.step)
+        loop.log_image(", ".join(["input", *rows, "photo"]), sheet)
         loop.accelerator.log(scores, step=loop.step)

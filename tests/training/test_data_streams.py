@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from runs import open_data, take
 
-from diffusers_moebius.training.crops import Crop, Cropper
-from diffusers_moebius.training.data import TrainingBatches
-from diffusers_moebius.training.shard_streams import ShardError, StreamedPictureDataset, read_shard
+from diffusers_moebius.training.crops import Cropper
+from diffusers_moebius.training.data import StreamedPictureDataset, TrainingBatches
+from diffusers_moebius.training.picture_sources import number_of_name, read_shard
 
 
 def picture_bytes(shade, size=(24, 20)):
@@ -104,16 +104,18 @@ def names(samples):
 
 def test_broken_connection_is_tried_again(server, shards):
     server.faults = ["cut", "cut"]
-    samples = list(read_shard(f"{server.url}/photos-000.tar"))
+    lost = []
+    samples = list(read_shard(f"{server.url}/photos-000.tar", lost))
     assert [sample.picture for sample in samples] == [
-        sample.picture for sample in read_shard(str(shards / "photos-000.tar"))
+        sample.picture for sample in read_shard(str(shards / "photos-000.tar"), lost)
     ]
-    assert not server.faults
+    assert not server.faults and not lost
 
 
-def test_shard_that_is_missing_is_an_error(server):
-    with pytest.raises(ShardError, match=r"elsewhere\.tar"):
-        list(read_shard(f"{server.url}/elsewhere.tar"))
+def test_shard_that_is_missing_is_lost(server):
+    lost = []
+    assert not list(read_shard(f"{server.url}/elsewhere.tar", lost))
+    assert len(lost) == 1 and "elsewhere.tar: FileNotFoundError" in lost[0]
 
 
 def test_private_repository_is_read_with_the_token_of_the_hub(shards, monkeypatch):
@@ -150,25 +152,27 @@ def test_private_repository_is_read_with_the_token_of_the_hub(shards, monkeypatc
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        samples = list(read_shard("hf://datasets/someone/private/a/000.tar"))
+        samples = list(read_shard("hf://datasets/someone/private/a/000.tar", []))
         hub.shutdown()
     assert names(samples) == [f"0{number}" for number in range(6)] and not refused
 
 
 def stream(paths, seed=0, shuffle_buffer_size=4, process_index=0, num_processes=1):
-    cropper = Cropper(16, ["thick_256"], seed)
-    return StreamedPictureDataset(list(map(str, paths)), cropper, shuffle_buffer_size, process_index, num_processes)
+    data = StreamedPictureDataset(list(map(str, paths)), Cropper(16, ["thick_256"], seed), shuffle_buffer_size)
+    data.process_index, data.num_processes = process_index, num_processes
+    return data
 
 
 def first_records(dataset, monkeypatch, count):
     """The records, with their epochs, that a data set decodes first."""
     found = []
 
-    def crop(record, epoch, num_masks):
-        found.append((epoch, record.name))
-        return Crop(torch.zeros(3, 16, 16), torch.ones(1, 1, 16, 16), 0)
+    def crop(cropper, record, number):
+        assert number[1] == number_of_name(record.name)
+        found.append((number[0], record.name))
+        return {"pixel_values": torch.zeros(3, 16, 16), "mask": torch.ones(1, 1, 16, 16)}
 
-    monkeypatch.setattr(dataset, "crop_record", crop)
+    monkeypatch.setattr(Cropper, "__call__", crop)
     take(dataset, count)
     return found
 
@@ -213,8 +217,6 @@ def test_stream_resumes_with_the_next_sample(server, num_workers):
     def batches(first_batch=0, states=None, process_index=0):
         data = open_data(
             16,
-            process_index,
-            2,
             train_shards_path_or_url=[server.url + "/photos-{000..002}.tar"],
             shuffle_buffer_size=4,
         )
@@ -273,11 +275,25 @@ def test_lost_shard_is_reported_and_nothing_at_all_is_an_error(server, shards):
 
 
 @pytest.mark.parametrize("length", [700, 1200])  # in a picture, in the header after it
-def test_truncated_local_shard_is_an_error(shards, length):
+def test_truncated_shard_is_read_as_far_as_it_goes(shards, length):
     shard = shards / "photos-000.tar"
     shard.write_bytes(shard.read_bytes()[:length])
-    with pytest.raises(ShardError, match=r"photos-000\.tar"):
-        list(read_shard(str(shard)))
+    for stream in (True, False):
+        lost = []
+        assert not list(read_shard(str(shard), lost, stream))
+        assert len(lost) == 1 and "photos-000.tar: ReadError" in lost[0]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_rest_of_a_broken_shard_is_skipped_and_reported(shards, caplog, stream):
+    (shards / "photos-000.tar").unlink()
+    shard = shards / "photos-001.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    data = open_data(16, train_shards_path_or_url=[shards / "*.tar"], stream_shards=stream, shuffle_buffer_size=1)
+    batches = TrainingBatches(data, 1, 0)
+    take(batches, 12)
+    assert "photos-001.tar: ReadError" in caplog.text
+    assert not stream or any("photos-001.tar: ReadError" in name for name in batches.skipped)
 
 
 def test_categories_and_masks_of_shards(tmp_path):
@@ -286,7 +302,7 @@ def test_categories_and_masks_of_shards(tmp_path):
         members += [(f"{key}.json", json.dumps(entry).encode()), (f"{key}.mask.png", mask_bytes())]
         members.append((f"{key}.png", picture_bytes(7)))
     write_shard(tmp_path / "a.tar", members)
-    streamed = list(read_shard(str(tmp_path / "a.tar")))
+    streamed = list(read_shard(str(tmp_path / "a.tar"), []))
     assert [(sample.category, sample.mask is not None) for sample in streamed] == [(1, True), (0, True), (-1, False)]
     for stream in (True, False):
         data = open_data(16, train_shards_path_or_url=[tmp_path / "a.tar"], stream_shards=stream)

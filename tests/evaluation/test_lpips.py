@@ -7,7 +7,7 @@ from lpips_weights import NETWORKS, make_weights
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusers_moebius.training.perceptual import LPIPS, distance_map
+from diffusers_moebius.evaluation.lpips import LPIPS, distance_map
 
 # What an independent implementation of the published metric gives for these weights and pictures.
 EXPECTED = {"alex": [1.1349162, 1.1254812], "vgg": [0.6817960, 0.6838334]}

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_moebius.training.masks import MASK_PRESETS, MaskPreset, random_mask
+from diffusers_moebius.pictures.random_mask import MASK_PRESETS, MaskPreset, random_mask
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..pictures.mask import dilate_mask
+from .mask import dilate_mask
 
 
 @dataclass(frozen=True)
@@ -42,39 +42,6 @@ BOX_ODDS = 0.3  # against 1 for strokes
 MAX_TURN = 4.0  # radians between two segments
 
 
-def _integer(generator: np.random.Generator, bounds: tuple[int, int]) -> int:
-    return int(generator.integers(bounds[0], bounds[1], endpoint=True))
-
-
-def _draw_strokes(draw: ImageDraw.ImageDraw, preset: MaskPreset, width: int, height: int, scale: float, generator):
-    for _ in range(_integer(generator, preset.strokes)):
-        x, y = generator.uniform(0, width), generator.uniform(0, height)
-        angle = generator.uniform(0, 2 * np.pi)
-        thickness = max(1.0, scale * (5 + _integer(generator, (0, preset.stroke_width))))
-        points = [(x, y)]
-        for _ in range(_integer(generator, (1, 5))):
-            angle += generator.uniform(-MAX_TURN, MAX_TURN)
-            length = scale * (10 + _integer(generator, (0, preset.stroke_length)))
-            x = float(np.clip(x + length * np.cos(angle), 0, width))
-            y = float(np.clip(y + length * np.sin(angle), 0, height))
-            points.append((x, y))
-        draw.line(points, fill=255, width=round(thickness))
-        radius = thickness / 2
-        for x, y in points:  # round joints and ends
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
-
-
-def _draw_boxes(draw: ImageDraw.ImageDraw, preset: MaskPreset, width: int, height: int, scale: float, generator):
-    margin = round(scale * preset.box_margin)
-    for _ in range(_integer(generator, preset.boxes)):
-        sides = [max(1, round(scale * _integer(generator, preset.box_side))) for _ in range(2)]
-        box_width = min(sides[0], width - 2 * margin)
-        box_height = min(sides[1], height - 2 * margin)
-        left = _integer(generator, (margin, width - margin - box_width))
-        top = _integer(generator, (margin, height - margin - box_height))
-        draw.rectangle((left, top, left + box_width - 1, top + box_height - 1), fill=255)
-
-
 def random_mask(
     height: int, width: int, preset: str | MaskPreset = "medium_512", generator: np.random.Generator | None = None
 ) -> np.ndarray:
@@ -103,15 +70,43 @@ def random_mask(
     generator = np.random.default_rng() if generator is None else generator
     scale = min(height, width) / preset.resolution
 
+    def integer(bounds: tuple[int, int]) -> int:
+        return int(generator.integers(*bounds, endpoint=True))
+
+    def draw_stroke(draw: ImageDraw.ImageDraw) -> None:
+        x, y = generator.uniform(0, width), generator.uniform(0, height)
+        angle = generator.uniform(0, 2 * np.pi)
+        thickness = max(1.0, scale * (5 + integer((0, preset.stroke_width))))
+        points = [(x, y)]
+        for _ in range(integer((1, 5))):
+            angle += generator.uniform(-MAX_TURN, MAX_TURN)
+            length = scale * (10 + integer((0, preset.stroke_length)))
+            x = float(np.clip(x + length * np.cos(angle), 0, width))
+            y = float(np.clip(y + length * np.sin(angle), 0, height))
+            points.append((x, y))
+        draw.line(points, fill=255, width=round(thickness))
+        radius = thickness / 2
+        for x, y in points:  # round joints and ends
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+
+    def draw_box(draw: ImageDraw.ImageDraw) -> None:
+        margin = round(scale * preset.box_margin)
+        sides = [max(1, round(scale * integer(preset.box_side))) for _ in range(2)]
+        across, down = (min(side, whole - 2 * margin) for side, whole in zip(sides, (width, height)))
+        left, top = integer((margin, width - margin - across)), integer((margin, height - margin - down))
+        draw.rectangle((left, top, left + across - 1, top + down - 1), fill=255)
+
     while True:
         canvas = Image.new("L", (width, height))
         draw = ImageDraw.Draw(canvas)
         if preset.boxes is not None and generator.random() < BOX_ODDS / (1 + BOX_ODDS):
-            _draw_boxes(draw, preset, width, height, scale, generator)
+            for _ in range(integer(preset.boxes)):
+                draw_box(draw)
         else:
-            _draw_strokes(draw, preset, width, height, scale, generator)
+            for _ in range(integer(preset.strokes)):
+                draw_stroke(draw)
         # The dilation, by a square once or twice, is in pixels of the preset too.
-        radius = round(scale * _integer(generator, (1, 3)))
-        mask = dilate_mask(np.asarray(canvas) > 0, radius * _integer(generator, (1, 2)))
+        radius = round(scale * integer((1, 3)))
+        mask = dilate_mask(np.asarray(canvas) > 0, radius * integer((1, 2)))
         if mask.any() and not mask.all():
             return mask

@@ -1,17 +1,11 @@
-"""LPIPS: how different two pictures, or the latents of two, look, measured in the features of a classifier."""
+"""LPIPS: how different two pictures look, measured in the features of a classifier."""
 
-import argparse
-from collections.abc import Callable
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-
-from ..loaders.hub import load_vae
-from ..pipelines.latents import decode_latents
 
 # Stride and padding of each convolution, the max-pool kernel before it, and whether its output is compared.
 ALEXNET = ((4, 2, 0, True), (1, 2, 3, True), (1, 1, 3, True), (1, 1, 0, True), (1, 1, 0, True))
@@ -154,65 +148,3 @@ def distance_map(distances: list[torch.Tensor], size: tuple[int, int]) -> torch.
         `torch.Tensor` of shape `[B, height, width]`.
     """
     return sum(F.interpolate(layer[:, None], size=size, mode="bilinear")[:, 0] for layer in distances)
-
-
-class ELatentLPIPSLoss(nn.Module):
-    """
-    E-LatentLPIPS of its own package: LPIPS on latents, over random shifts and flips of them (arXiv 2405.05967).
-
-    The package `elatentlpips` (extra `perceptual`; its licence forbids commercial use) downloads its weights into the
-    folder `ckpt` of the working directory.
-
-    Args:
-        encoder (`str`, defaults to `"sdxl"`): The autoencoder of the latents: `"sd15"`, `"sd21"` or `"sdxl"`.
-        add_l1_loss (`bool`, defaults to `False`): Add the mean absolute error of the latents, as the package does by
-            default. The released training leaves it at that; the paper's loss is the distance of features alone.
-
-    Raises:
-        OSError: If its weights cannot be downloaded.
-    """
-
-    def __init__(self, encoder: str = "sdxl", add_l1_loss: bool = False):
-        super().__init__()
-        from elatentlpips import ELatentLPIPS
-
-        self.add_l1_loss = add_l1_loss
-        try:
-            self.metric = ELatentLPIPS(encoder=encoder, augment="bg", verbose=False).requires_grad_(False)
-        except (URLError, OSError) as error:
-            raise OSError(
-                f"The weights of E-LatentLPIPS cannot be loaded ({error}). Put them into the folder `ckpt`, or leave"
-                " the perceptual loss out with `--perceptual_loss none`."
-            ) from error
-
-    def forward(self, latents: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Compares scaled latents `[B, C, h, w]`; returns `[B]`."""
-        # `normalize` would scale the latents, which they are already.
-        options = {"normalize": False, "ensembling": True, "add_l1_loss": self.add_l1_loss}
-        return self.metric(latents, target, **options).flatten()
-
-
-def check_perceptual_loss(args: argparse.Namespace) -> None:
-    """Raises the error of a perceptual loss whose package is missing, before anything large is loaded."""
-    if args.perceptual_loss != "elatentlpips":
-        return
-    try:
-        import elatentlpips  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "`--perceptual_loss elatentlpips` needs the package elatentlpips (`pip install"
-            f" diffusers-moebius[perceptual]`, whose licence forbids commercial use), which cannot be imported:"
-            f" {error}. Install it, take `--perceptual_loss lpips`, or leave it out with `--perceptual_loss none`."
-        ) from error
-
-
-def build_perceptual_loss(args: argparse.Namespace, vae: nn.Module, device: torch.device) -> Callable | None:
-    """The perceptual loss that the arguments of a distillation name: of two batches of scaled latents, `[B]`."""
-    if args.perceptual_loss == "none":
-        return None
-    if args.perceptual_loss == "elatentlpips":
-        return ELatentLPIPSLoss(args.perceptual_encoder, add_l1_loss=args.balance == "release").to(device)
-    # Slower than E-LatentLPIPS, but with any autoencoder: compares what the latents decode to. A small one will do.
-    decoder = load_vae(args.lpips_vae).requires_grad_(False).to(device) if args.lpips_vae else vae
-    lpips = LPIPS.from_pretrained(args.lpips_weights).to(device)
-    return lambda latents, target: lpips(decode_latents(decoder, latents), decode_latents(decoder, target))
