@@ -14,7 +14,7 @@ export const SETTINGS = {
   leadSigma: 8,
   thin: 5,
   iterations: [4, 8],
-  exact: 50_000_000,
+  exact: 5_000_000,
   searchPixels: 800_000,
   mean: 0.1,
   shift: 0.05,
@@ -449,8 +449,8 @@ class Scale {
         let sum = 0;
         for (let down = -radius; down <= radius; down++)
           for (let right = -radius; right <= radius; right++) {
-            const isInside = y >= down && y - down < height && x >= right && x - right < width;
-            const delta = isInside ? down * width + right : 0;
+            if (y < down || y - down >= height || x < right || x - right >= width) continue;
+            const delta = down * width + right;
             const query = index[pixel - delta];
             const weight = weights[query];
             const from = (match[query] + delta) * channels;
