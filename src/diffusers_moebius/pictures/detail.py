@@ -136,18 +136,7 @@ class _Scale:
         self.distance = torch.zeros(len(self.queries), device=hole.device)
         self.shift = torch.zeros(len(self.queries), 3, device=hole.device)
         self.trust = settings.gamma ** -self._depth(is_query)
-        rows = torch.arange(self.height, device=hole.device, dtype=torch.float32) / max(hole.shape)
-        columns = torch.arange(self.width, device=hole.device, dtype=torch.float32) / max(hole.shape)
-        side = 2 * radius + 1
-        self.mean_weight = side * math.sqrt(settings.mean)
-        contrast = image[:3, ~hole].std(1).mean()
-        position = torch.stack(
-            [
-                (side * contrast * settings.position[0] * rows)[:, None].expand(hole.shape),
-                (side * contrast * settings.position[1] * columns)[None].expand(hole.shape),
-            ]
-        )
-        self.extra = torch.cat([guide * side, position]).permute(1, 2, 0)
+        self.guide, self.contrast = guide, image[:3, ~hole].std(1).mean()
 
     def random_sources(self, count: int) -> torch.Tensor:
         index = torch.randint(len(self.sources), (count,), generator=self.generator)
@@ -164,7 +153,7 @@ class _Scale:
 
     def prepare(self) -> None:
         """Finds the principal components of the patches, and the features of those that may be copied."""
-        radius, side = self.settings.radius, 2 * self.settings.radius + 1
+        radius, side, shape = self.settings.radius, 2 * self.settings.radius + 1, self.hole.shape
         steps = torch.arange(-radius, radius + 1, device=self.hole.device)
         offsets = (steps[:, None] * self.width + steps).flatten()
         places = (self.random_sources(4096)[:, None] + offsets).clamp(0, self.height * self.width - 1)
@@ -174,10 +163,17 @@ class _Scale:
         patches = patches - patches.mean(0)
         _, vectors = torch.linalg.eigh((patches.T @ patches).cpu().double())  # not all devices have it
         means = torch.zeros(3, len(self.image), side * side)
+        self.mean_weight = side * math.sqrt(self.settings.mean)
         means[range(3), range(3)] = self.mean_weight / side**2
         basis = vectors[:, -self.settings.components :].flip(1).T.float()  # the first components vary most
         basis = torch.cat([means, basis.view(-1, len(self.image), side * side)]).to(patches.device)
         self.basis = basis.unflatten(2, (side, side)).contiguous(memory_format=torch.channels_last)
+        position = [
+            side * self.contrast * weight * torch.arange(length, device=self.hole.device) / max(shape)
+            for weight, length in zip(self.settings.position, shape)
+        ]
+        self.extra = torch.cat([side * self.guide, torch.stack(torch.meshgrid(position, indexing="ij"))])
+        self.extra = self.extra.permute(1, 2, 0)
         self.source_features = self.features(self.image, (slice(0, self.height), slice(0, self.width)))
         self.first_source_features = self.source_features[:, :8].contiguous()
         if self.is_exact:
@@ -270,11 +266,11 @@ class _Scale:
         """
         quartile = torch.quantile(self.distance[:: len(self.distance) // 10_000 + 1], 0.75)
         weights = torch.exp(-self.distance / (self.settings.spread * quartile.clamp(min=1e-8))) * self.trust + 1e-12
-        colors = F.pad(self._pixels(), (0, 1), value=1)  # the last column becomes the weight itself
-        weights, shift = self._spread(weights[:, None]), self._spread(F.pad(self.shift, (0, len(self.image) - 2)))
+        weights, shift = self._spread(weights[:, None]), self._spread(self.shift)
         match = self._spread(self.match[:, None], self.sources[0].item())[..., 0]
-        height, width = self.hole[self.box].shape
-        total = torch.zeros(height, width, len(self.image) + 1, device=self.match.device)
+        colors, (height, width) = self._pixels(), self.hole[self.box].shape
+        total = torch.zeros(height, width, len(self.image), device=match.device)
+        best = total[..., :1]
         radius = self.settings.radius
         for down in range(-radius, radius + 1):
             for right in range(-radius, radius + 1):
@@ -282,15 +278,19 @@ class _Scale:
                 place = match[query] + (down * self.width + right)
                 votes = colors.index_select(0, place.flatten()).view(total.shape)
                 if copy:
-                    votes = weights[query] * (votes + shift[query])
-                    total = torch.where(votes[..., -1:] > total[..., -1:], votes, total)
+                    votes[..., :3] += shift[query]
+                    better = weights[query] > best
+                    best, total = torch.where(better, weights[query], best), torch.where(better, votes, total)
                 else:
                     total.addcmul_(votes, weights[query])
         if not copy:
-            shift = F.avg_pool2d((weights * shift).permute(2, 0, 1), 2 * radius + 1, 1).permute(1, 2, 0)
-            total += (2 * radius + 1) ** 2 * shift
+            # Of weights and shifts the sums over a window, which take no gathering.
+            sums = torch.cat([weights * shift, weights], 2).permute(2, 0, 1)
+            sums = (2 * radius + 1) ** 2 * F.avg_pool2d(sums, 2 * radius + 1, 1).permute(1, 2, 0)
+            total[..., :3] += sums[..., :3]
+            total /= sums[..., 3:]
         result, hole = self.image.clone(), self.hole[self.box]
-        result[(slice(None), *self.box)][:, hole] = (total[..., :-1] / total[..., -1:])[hole].T
+        result[(slice(None), *self.box)][:, hole] = total[hole].T
         return result
 
     def _spread(self, values: torch.Tensor, default: float = 0) -> torch.Tensor:
@@ -361,6 +361,7 @@ def fill_with_patches(
             estimate[:3] = guide_
         else:
             scale.adopt(coarse)
+            del coarse
             if hole_.numel() > settings.search_pixels:
                 continue
         scale.prepare()
@@ -538,18 +539,22 @@ def _detail_hole(
     source = next((s for s in (~grow(unknown, RIM), ~unknown) if _shrink(s, Settings().radius).sum() >= 64), None)
     if source is None:  # the hole is all but the whole picture
         return filled
+    box = _box(hole, 1)
+    inside = (slice(None), *box)  # where differences are; around it they are 0
     if enlargement is not None:
         settings = Settings(lead_sigma=enlargement / 2)
         detailed = fill_with_patches(filled, hole, source, filled, ENLARGED, generator, settings, copy=True)
-        return detailed + _blur((filled - detailed) * hole, enlargement / 2)
+        detailed[inside] += _blur((filled - detailed)[inside] * hole[box], enlargement / 2)
+        return detailed
     lead = choose_lead(filled, hole, source, generator)
     if lead is None:
         return filled
     guide = filled if lead == LED else membrane(filled, hole)
     detailed = fill_with_patches(filled, hole, source, guide, lead, generator)
     # The guide is right about low frequencies where it differs a little: patches drift. Large differences are things.
-    low = _blur((guide - detailed) * hole, max(hole.shape) / 64)
-    return detailed + hole * low * torch.exp(-low.square().sum(0) / (2 * 0.05**2))
+    low = _blur((guide - detailed)[inside] * hole[box], max(hole.shape) / 64)
+    detailed[inside] += hole[box] * low * torch.exp(-low.square().sum(0) / (2 * 0.05**2))
+    return detailed
 
 
 def _is_thick(hole: torch.Tensor) -> bool:
