@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..models.fusion import linear
 from .mask import grow, mask_box
 from .paste import match_edges, membrane
 from .region import Region, fill_hole
@@ -36,7 +37,8 @@ class Settings(NamedTuple):
         lead_sigma (`float`): What counts as the low frequencies of a filling that leads, in pixels.
         thin (`int`): A scale at which no pixel of the hole is farther from its edge is coarse enough.
         iterations (`tuple[int, int]`): Rounds of search and vote at the finest and at the coarsest scale.
-        exact (`int`): So many pairs of patches are compared one and all; where there are more, the search is random.
+        exact (`tuple[int, int]`): So many pairs of patches are compared one and all, in each round of a scale and in
+            its first; where there are more, the search is random.
         search_pixels (`int`): Regions with more pixels are searched at half their size.
         mean (`float`): Weight of the patches' mean colours, which may be corrected, against their other components.
         shift (`float`): By how much a patch's mean colour is corrected at most, at the two finest scales.
@@ -52,7 +54,7 @@ class Settings(NamedTuple):
     lead_sigma: float = 8.0
     thin: int = 5
     iterations: tuple[int, int] = (4, 8)
-    exact: int = 5_000_000
+    exact: tuple[int, int] = (5_000_000, 50_000_000)
     search_pixels: int = 800_000
     mean: float = 0.1
     shift: float = 0.05
@@ -127,7 +129,8 @@ class _Scale:
         self.sources = self.valid.nonzero()[:, 0]
         is_query = grow(hole, radius)
         self.queries = is_query.flatten().nonzero()[:, 0]
-        self.is_exact = len(self.queries) * len(self.sources) <= settings.exact
+        pairs = len(self.queries) * len(self.sources)
+        self.exact_rounds = math.inf if pairs <= settings.exact[0] else int(pairs <= settings.exact[1])
         self.index = torch.full_like(is_query.flatten(), -1, dtype=torch.long)  # of each position among the queries
         self.index[self.queries] = torch.arange(len(self.queries), device=hole.device)
         self.box = _box(is_query)
@@ -160,8 +163,8 @@ class _Scale:
         patches = self._pixels().index_select(0, places.flatten()).view(len(places), side * side, -1).transpose(1, 2)
         patches[:, :3] -= patches[:, :3].mean(2, keepdim=True)
         patches = patches.flatten(1)
-        patches = patches - patches.mean(0)
-        _, vectors = torch.linalg.eigh((patches.T @ patches).cpu().double())  # not all devices have it
+        patches = (patches - patches.mean(0)).T.contiguous()
+        _, vectors = torch.linalg.eigh(linear(patches, patches).cpu().double())  # not all devices have it
         means = torch.zeros(3, len(self.image), side * side)
         self.mean_weight = side * math.sqrt(self.settings.mean)
         means[range(3), range(3)] = self.mean_weight / side**2
@@ -176,15 +179,14 @@ class _Scale:
         self.extra = self.extra.permute(1, 2, 0)
         self.source_features = self.features(self.image, (slice(0, self.height), slice(0, self.width)))
         self.first_source_features = self.source_features[:, :8].contiguous()
-        if self.is_exact:
+        if self.exact_rounds:
             table = self.source_features.index_select(0, self.sources)
             self.center = table.mean(0)  # around zero the products are exact enough for a close call
             table = table - self.center
             # A product with (query, 1) is the squared distance but for the query's own square.
             table = torch.cat([-2 * table, table.square().sum(1, keepdim=True)], 1)
-            self.table = torch.zeros(table.shape[1], -(-len(table) // 64) * 64, device=table.device)
-            self.table[-1] = math.inf
-            self.table[:, : len(table)] = table.T
+            self.table = F.pad(table, (0, 0, 0, -len(table) % 64))
+            self.table[len(table) :, -1] = math.inf
 
     def _pixels(self) -> torch.Tensor:
         return self.image.flatten(1).T.contiguous()
@@ -203,11 +205,12 @@ class _Scale:
     def search(self, estimate: torch.Tensor) -> None:
         """Finds for each patch of the estimate that touches the hole one like it outside."""
         query_features = self.features(estimate, self.box).index_select(0, self.places)
-        if self.is_exact:
+        is_exact, self.exact_rounds = self.exact_rounds > 0, self.exact_rounds - 1
+        if is_exact:
             self._compare_all(query_features)
         difference = query_features - self.source_features.index_select(0, self.match)
         self.distance = difference.square().sum(1)
-        if not self.is_exact:
+        if not is_exact:
             # By the first of their features most candidates turn out to be farther already.
             pairs = [
                 (query_features[:, :8].contiguous(), self.first_source_features),
@@ -222,8 +225,8 @@ class _Scale:
     def _compare_all(self, query_features: torch.Tensor) -> None:
         query_features = F.pad(query_features - self.center, (0, 1), value=1)
         nearest = []
-        for part in query_features.split(max(1, 2**20 // self.table.shape[1])):  # which stay in the cache
-            groups = (part @ self.table).unflatten(1, (-1, 64))
+        for part in query_features.split(max(1, 2**20 // len(self.table))):  # which stay in the cache
+            groups = linear(part, self.table).unflatten(1, (-1, 64))
             group = groups.amin(2).argmin(1)  # sooner than the least of all at once
             inside = groups[torch.arange(len(part), device=part.device), group].argmin(1)
             nearest.append(64 * group + inside)
@@ -285,8 +288,8 @@ class _Scale:
                     total.addcmul_(votes, weights[query])
         if not copy:
             # Of weights and shifts the sums over a window, which take no gathering.
-            sums = torch.cat([weights * shift, weights], 2).permute(2, 0, 1)
-            sums = (2 * radius + 1) ** 2 * F.avg_pool2d(sums, 2 * radius + 1, 1).permute(1, 2, 0)
+            sums, side = torch.cat([weights * shift, weights], 2).permute(2, 0, 1), 2 * radius + 1
+            sums = side**2 * F.avg_pool2d(F.avg_pool2d(sums, (side, 1), 1), (1, side), 1).permute(1, 2, 0)
             total[..., :3] += sums[..., :3]
             total /= sums[..., 3:]
         result, hole = self.image.clone(), self.hole[self.box]
@@ -312,6 +315,7 @@ class _Scale:
         self.distance, self.shift = coarse.distance[place] * known, coarse.shift[place] * known[:, None]
 
 
+@torch.no_grad()
 def fill_with_patches(
     image: torch.Tensor,
     hole: torch.Tensor,
