@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .mask import mask_box
+from ..models.fusion import linear
+from .mask import grow, mask_box
 from .paste import match_edges, membrane
 from .region import Region, fill_hole
 
@@ -36,7 +37,8 @@ class Settings(NamedTuple):
         lead_sigma (`float`): What counts as the low frequencies of a filling that leads, in pixels.
         thin (`int`): A scale at which no pixel of the hole is farther from its edge is coarse enough.
         iterations (`tuple[int, int]`): Rounds of search and vote at the finest and at the coarsest scale.
-        exact (`int`): So many pairs of patches are compared one and all; where there are more, the search is random.
+        exact (`tuple[int, int]`): So many pairs of patches are compared one and all, in each round of a scale and in
+            its first; where there are more, the search is random.
         search_pixels (`int`): Regions with more pixels are searched at half their size.
         mean (`float`): Weight of the patches' mean colours, which may be corrected, against their other components.
         shift (`float`): By how much a patch's mean colour is corrected at most, at the two finest scales.
@@ -52,7 +54,7 @@ class Settings(NamedTuple):
     lead_sigma: float = 8.0
     thin: int = 5
     iterations: tuple[int, int] = (4, 8)
-    exact: int = 50_000_000
+    exact: tuple[int, int] = (5_000_000, 50_000_000)
     search_pixels: int = 800_000
     mean: float = 0.1
     shift: float = 0.05
@@ -60,14 +62,15 @@ class Settings(NamedTuple):
     spread: float = 13.0
 
 
-def _grow(mask: torch.Tensor, pixels: int) -> torch.Tensor:
-    return F.max_pool2d(mask[None, None].float(), 2 * pixels + 1, 1, pixels)[0, 0] > 0
-
-
 def _shrink(mask: torch.Tensor, pixels: int) -> torch.Tensor:
     """Leaves pixels whose whole neighbourhood is in the mask and in the picture."""
-    outside = F.pad(1 - mask[None, None].float(), (pixels,) * 4, value=1)
-    return F.max_pool2d(outside, 2 * pixels + 1, 1)[0, 0] == 0
+    return ~grow(F.pad(~mask, (pixels,) * 4, value=True), pixels)[pixels:-pixels, pixels:-pixels]
+
+
+def _box(mask: torch.Tensor, margin: int = 0) -> tuple[slice, slice]:
+    """The rows and the columns of a mask that is not empty, and a margin."""
+    lines = [mask.any(1 - dim).nonzero()[:, 0] for dim in (0, 1)]
+    return tuple(slice(max(line[0].item() - margin, 0), line[-1].item() + 1 + margin) for line in lines)
 
 
 def _blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -75,10 +78,13 @@ def _blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
     if sigma < 0.3:
         return image
     reach = math.ceil(2.5 * sigma)
-    x = torch.arange(-reach, reach + 1, device=image.device, dtype=image.dtype)
-    kernel = torch.softmax(-x.square() / (2 * sigma**2), 0)
-    image = F.pad(image[:, None], (reach,) * 4, mode="replicate")
-    return F.conv2d(F.conv2d(image, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]
+    x = torch.arange(-reach, reach + 1, dtype=image.dtype)
+    kernel = torch.softmax(-x.square() / (2 * sigma**2), 0).tolist()
+    for dim, border in ((2, (reach, reach, 0, 0)), (1, (0, 0, reach, reach))):
+        padded, image = F.pad(image, border, mode="replicate"), torch.zeros_like(image)
+        for start, weight in enumerate(kernel):  # an eighth of what a convolution of single channels takes
+            image.add_(padded.narrow(dim, start, image.shape[dim]), alpha=weight)
+    return image
 
 
 def _halve(image: torch.Tensor) -> torch.Tensor:
@@ -96,7 +102,7 @@ def _roughness(image: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """
     grey = F.pad(image.mean(0)[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
     gradients = torch.stack([grey[1:-1, 2:] - grey[1:-1, :-2], grey[2:, 1:-1] - grey[:-2, 1:-1]]).abs() / 2
-    known = (~_grow(~known, 1)).float()[None]
+    known = (~grow(~known, 1)).float()[None]
     sums = F.avg_pool2d(torch.cat([gradients * known, known])[None], 5, 1, 2)[0]
     return sums[:2] / sums[2:].clamp(min=1e-6)
 
@@ -104,6 +110,8 @@ def _roughness(image: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 class _Scale:
     """
     One scale of the pyramid: where the hole's patches are copied from.
+
+    Rows are gathered by `index_select`, since indexing in brackets takes several times as long on a CPU.
 
     Args:
         image (`torch.Tensor` of shape `[C, H, W]`): Colours and roughness; what is in the hole is not looked at.
@@ -119,89 +127,119 @@ class _Scale:
         self.height, self.width = hole.shape
         self.valid = _shrink(source & ~hole, radius).flatten()
         self.sources = self.valid.nonzero()[:, 0]
-        is_query = _grow(hole, radius)
+        is_query = grow(hole, radius)
         self.queries = is_query.flatten().nonzero()[:, 0]
+        pairs = len(self.queries) * len(self.sources)
+        self.exact_rounds = math.inf if pairs <= settings.exact[0] else int(pairs <= settings.exact[1])
         self.index = torch.full_like(is_query.flatten(), -1, dtype=torch.long)  # of each position among the queries
         self.index[self.queries] = torch.arange(len(self.queries), device=hole.device)
+        self.box = _box(is_query)
+        self.places = is_query[self.box].flatten().nonzero()[:, 0]  # of the queries in their box
         self.match = self.random_sources(len(self.queries))
         self.distance = torch.zeros(len(self.queries), device=hole.device)
         self.shift = torch.zeros(len(self.queries), 3, device=hole.device)
         self.trust = settings.gamma ** -self._depth(is_query)
-        rows = torch.arange(self.height, device=hole.device, dtype=torch.float32) / max(hole.shape)
-        columns = torch.arange(self.width, device=hole.device, dtype=torch.float32) / max(hole.shape)
-        side = 2 * radius + 1
-        self.mean_weight = side * math.sqrt(settings.mean)
-        contrast = image[:3, ~hole].std(1).mean()
-        position = torch.stack(
-            [
-                (side * contrast * settings.position[0] * rows)[:, None].expand(hole.shape),
-                (side * contrast * settings.position[1] * columns)[None].expand(hole.shape),
-            ]
-        )
-        self.extra = torch.cat([guide * side, position])
+        self.guide, self.contrast = guide, image[:3, ~hole].std(1).mean()
 
     def random_sources(self, count: int) -> torch.Tensor:
         index = torch.randint(len(self.sources), (count,), generator=self.generator)
-        return self.sources[index.to(self.sources.device)]
+        return self.sources.index_select(0, index.to(self.sources.device))
 
     def _depth(self, is_query: torch.Tensor) -> torch.Tensor:
-        depth, inner = torch.zeros(self.hole.shape, device=is_query.device), is_query
+        inner = is_query[_box(is_query, 1)]
+        depth = torch.zeros(inner.shape, device=inner.device)
+        place = inner.flatten().nonzero()[:, 0]
         for _ in range(24):
             depth += inner
-            inner = ~_grow(~inner, 1)
-        return depth.flatten()[self.queries]
+            inner = ~grow(~inner, 1)
+        return depth.flatten().index_select(0, place)
 
     def prepare(self) -> None:
         """Finds the principal components of the patches, and the features of those that may be copied."""
-        radius, width = self.settings.radius, self.width
+        radius, side, shape = self.settings.radius, 2 * self.settings.radius + 1, self.hole.shape
         steps = torch.arange(-radius, radius + 1, device=self.hole.device)
-        offsets = (steps[:, None] * width + steps).flatten()
-        sample = self.random_sources(4096)
-        patches = self.image.flatten(1)[:, (sample[:, None] + offsets).clamp(0, self.height * width - 1)]
-        patches = patches.permute(1, 0, 2)
+        offsets = (steps[:, None] * self.width + steps).flatten()
+        places = (self.random_sources(4096)[:, None] + offsets).clamp(0, self.height * self.width - 1)
+        patches = self._pixels().index_select(0, places.flatten()).view(len(places), side * side, -1).transpose(1, 2)
         patches[:, :3] -= patches[:, :3].mean(2, keepdim=True)
         patches = patches.flatten(1)
-        patches = patches - patches.mean(0)
-        _, vectors = torch.linalg.eigh((patches.T @ patches).cpu().double())  # not all devices have it
-        basis = vectors[:, -self.settings.components :].T.float().to(patches.device)
-        self.basis = basis.reshape(-1, len(self.image), len(steps), len(steps))
-        self.source_features = self.features(self.image)
+        patches = (patches - patches.mean(0)).T.contiguous()
+        _, vectors = torch.linalg.eigh(linear(patches, patches).cpu().double())  # not all devices have it
+        means = torch.zeros(3, len(self.image), side * side)
+        self.mean_weight = side * math.sqrt(self.settings.mean)
+        means[range(3), range(3)] = self.mean_weight / side**2
+        basis = vectors[:, -self.settings.components :].flip(1).T.float()  # the first components vary most
+        basis = torch.cat([means, basis.view(-1, len(self.image), side * side)]).to(patches.device)
+        self.basis = basis.unflatten(2, (side, side)).contiguous(memory_format=torch.channels_last)
+        position = [
+            side * self.contrast * weight * torch.arange(length, device=self.hole.device) / max(shape)
+            for weight, length in zip(self.settings.position, shape)
+        ]
+        self.extra = torch.cat([side * self.guide, torch.stack(torch.meshgrid(position, indexing="ij"))])
+        self.extra = self.extra.permute(1, 2, 0)
+        self.source_features = self.features(self.image, (slice(0, self.height), slice(0, self.width)))
+        self.first_source_features = self.source_features[:, :8].contiguous()
+        if self.exact_rounds:
+            table = self.source_features.index_select(0, self.sources)
+            self.center = table.mean(0)  # around zero the products are exact enough for a close call
+            table = table - self.center
+            # A product with (query, 1) is the squared distance but for the query's own square.
+            table = torch.cat([-2 * table, table.square().sum(1, keepdim=True)], 1)
+            self.table = F.pad(table, (0, 0, 0, -len(table) % 64))
+            self.table[len(table) :, -1] = math.inf
 
-    def features(self, image: torch.Tensor) -> torch.Tensor:
-        """What patches are compared by, `[H * W, features]`: their mean colours, weighted, come first."""
-        padded = F.pad(image[None], (self.settings.radius,) * 4, mode="replicate")
-        means = self.mean_weight * F.avg_pool2d(padded[:, :3], 2 * self.settings.radius + 1, 1)
-        return torch.cat([means[0], F.conv2d(padded, self.basis)[0], self.extra]).flatten(1).T.contiguous()
+    def _pixels(self) -> torch.Tensor:
+        return self.image.flatten(1).T.contiguous()
+
+    def features(self, image: torch.Tensor, box: tuple[slice, slice]) -> torch.Tensor:
+        """
+        What the patches around the pixels of a box are compared by, `[h * w, features]`.
+
+        Mean colours, weighted, come first, then the components, those that vary most before others.
+        """
+        rows, columns = (slice(side.start, side.stop + 2 * self.settings.radius) for side in box)
+        padded = F.pad(image[None], (self.settings.radius,) * 4, mode="replicate")[..., rows, columns]
+        components = F.conv2d(padded.contiguous(memory_format=torch.channels_last), self.basis)
+        return torch.cat([components[0].permute(1, 2, 0), self.extra[box]], 2).flatten(0, 1)
 
     def search(self, estimate: torch.Tensor) -> None:
         """Finds for each patch of the estimate that touches the hole one like it outside."""
-        query_features = self.features(estimate)[self.queries]
-        if len(self.queries) * len(self.sources) <= self.settings.exact:
-            source_features = self.source_features[self.sources]
-            center = source_features.mean(0)  # around zero the products are exact enough for a close call
-            source_features = source_features - center
-            norms = source_features.square().sum(1)
-            rows = max(1, 10_000_000 // len(self.sources))
-            nearest = [
-                torch.addmm(norms, part, source_features.T, alpha=-2).argmin(1)
-                for part in (query_features - center).split(rows)
+        query_features = self.features(estimate, self.box).index_select(0, self.places)
+        is_exact, self.exact_rounds = self.exact_rounds > 0, self.exact_rounds - 1
+        if is_exact:
+            self._compare_all(query_features)
+        difference = query_features - self.source_features.index_select(0, self.match)
+        self.distance = difference.square().sum(1)
+        if not is_exact:
+            # By the first of their features most candidates turn out to be farther already.
+            pairs = [
+                (query_features[:, :8].contiguous(), self.first_source_features),
+                (query_features, self.source_features),
             ]
-            self.match = self.sources[torch.cat(nearest)]
-        self.distance = (query_features - self.source_features[self.match]).square().sum(1)
-        if len(self.queries) * len(self.sources) > self.settings.exact:
             for _ in range(2):
-                self._propagate(query_features)
-                self._draw(query_features)
-        difference = (query_features - self.source_features[self.match])[:, :3] / self.mean_weight
-        self.shift = difference.clamp(-self.settings.shift, self.settings.shift)
+                self._propagate(pairs)
+                self._draw(pairs)
+            difference = query_features - self.source_features.index_select(0, self.match)
+        self.shift = (difference[:, :3] / self.mean_weight).clamp(-self.settings.shift, self.settings.shift)
 
-    def _propagate(self, query_features: torch.Tensor) -> None:
+    def _compare_all(self, query_features: torch.Tensor) -> None:
+        query_features = F.pad(query_features - self.center, (0, 1), value=1)
+        nearest = []
+        for part in query_features.split(max(1, 2**20 // len(self.table))):  # which stay in the cache
+            groups = linear(part, self.table).unflatten(1, (-1, 64))
+            group = groups.amin(2).argmin(1)  # sooner than the least of all at once
+            inside = groups[torch.arange(len(part), device=part.device), group].argmin(1)
+            nearest.append(64 * group + inside)
+        self.match = self.sources.index_select(0, torch.cat(nearest))
+
+    def _propagate(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Tries what the neighbours copy, shifted (Barnes et al., "PatchMatch", 2009, section 3.2, all at once)."""
         for delta in (1, -1, self.width, -self.width):
-            neighbour = self.index[(self.queries + delta).clamp(0, len(self.index) - 1)]
-            self._improve(query_features, torch.where(neighbour < 0, self.match, self.match[neighbour] - delta))
+            neighbour = self.index.index_select(0, (self.queries + delta).clamp(0, len(self.index) - 1))
+            candidate = self.match.index_select(0, neighbour.clamp(min=0)) - delta
+            self._improve(pairs, torch.where(neighbour < 0, self.match, candidate))
 
-    def _draw(self, query_features: torch.Tensor) -> None:
+    def _draw(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Tries random places around the match, ever closer to it (the same, section 3.2)."""
         reach = max(self.height, self.width) / 2
         while reach >= 1:
@@ -209,17 +247,18 @@ class _Scale:
             rows, columns = (reach * (2 * draw - 1)).round().long()
             rows = (self.match // self.width + rows).clamp(0, self.height - 1)
             columns = (self.match % self.width + columns).clamp(0, self.width - 1)
-            self._improve(query_features, rows * self.width + columns)
+            self._improve(pairs, rows * self.width + columns)
             reach *= 0.35
 
-    def _improve(self, query_features: torch.Tensor, candidate: torch.Tensor) -> None:
+    def _improve(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], candidate: torch.Tensor) -> None:
         candidate = candidate.clamp(0, self.height * self.width - 1)
-        rows = ((candidate != self.match) & self.valid[candidate]).nonzero()[:, 0]
-        candidate = candidate[rows]
-        distance = (query_features[rows] - self.source_features[candidate]).square().sum(1)
-        better = distance < self.distance[rows]
-        self.match[rows[better]] = candidate[better]
-        self.distance[rows[better]] = distance[better]
+        rows = ((candidate != self.match) & self.valid.index_select(0, candidate)).nonzero()[:, 0]
+        candidate = candidate.index_select(0, rows)
+        for queries, sources in pairs:
+            distance = (queries.index_select(0, rows) - sources.index_select(0, candidate)).square().sum(1)
+            better = (distance < self.distance.index_select(0, rows)).nonzero()[:, 0]
+            rows, candidate = rows.index_select(0, better), candidate.index_select(0, better)
+        self.match[rows], self.distance[rows] = candidate, distance.index_select(0, better)
 
     def vote(self, copy: bool = False) -> torch.Tensor:
         """
@@ -230,24 +269,38 @@ class _Scale:
         """
         quartile = torch.quantile(self.distance[:: len(self.distance) // 10_000 + 1], 0.75)
         weights = torch.exp(-self.distance / (self.settings.spread * quartile.clamp(min=1e-8))) * self.trust + 1e-12
-        colors = self.image.flatten(1).T
-        pixels = self.hole.flatten().nonzero()[:, 0]
-        rows, columns = pixels // self.width, pixels % self.width
-        total = torch.zeros(len(pixels), len(self.image) + 1, device=self.match.device)
-        colors, shift = F.pad(colors, (0, 1), value=1), F.pad(self.shift, (0, len(self.image) - 2))
+        weights, shift = self._spread(weights[:, None]), self._spread(self.shift)
+        match = self._spread(self.match[:, None], self.sources[0].item())[..., 0]
+        colors, (height, width) = self._pixels(), self.hole[self.box].shape
+        total = torch.zeros(height, width, len(self.image), device=match.device)
+        best = total[..., :1]
         radius = self.settings.radius
         for down in range(-radius, radius + 1):
             for right in range(-radius, radius + 1):
-                inside = (rows >= down) & (rows - down < self.height) & (columns >= right)
-                inside &= columns - right < self.width
-                delta = torch.where(inside, down * self.width + right, 0)
-                query = self.index[pixels - delta]
-                votes = colors[self.match[query] + delta] + shift[query]
-                votes = weights[query][:, None] * votes  # the last column is the weight itself
-                total = torch.where(votes[:, -1:] > total[:, -1:], votes, total) if copy else total + votes
-        result = self.image.flatten(1).clone()
-        result[:, pixels] = (total[:, :-1] / total[:, -1:]).T
-        return result.view(self.image.shape)
+                query = slice(radius - down, radius - down + height), slice(radius - right, radius - right + width)
+                place = match[query] + (down * self.width + right)
+                votes = colors.index_select(0, place.flatten()).view(total.shape)
+                if copy:
+                    votes[..., :3] += shift[query]
+                    better = weights[query] > best
+                    best, total = torch.where(better, weights[query], best), torch.where(better, votes, total)
+                else:
+                    total.addcmul_(votes, weights[query])
+        if not copy:
+            # Of weights and shifts the sums over a window, which take no gathering.
+            sums, side = torch.cat([weights * shift, weights], 2).permute(2, 0, 1), 2 * radius + 1
+            sums = side**2 * F.avg_pool2d(F.avg_pool2d(sums, (side, 1), 1), (1, side), 1).permute(1, 2, 0)
+            total[..., :3] += sums[..., :3]
+            total /= sums[..., 3:]
+        result, hole = self.image.clone(), self.hole[self.box]
+        result[(slice(None), *self.box)][:, hole] = total[hole].T
+        return result
+
+    def _spread(self, values: torch.Tensor, default: float = 0) -> torch.Tensor:
+        """What belongs to the queries in their places, in their box with a border of a patch's radius."""
+        shape = self.hole[self.box].shape
+        box = values.new_full((shape.numel(), values.shape[1]), default).index_copy_(0, self.places, values)
+        return F.pad(box.view(*shape, -1), (0, 0, *(self.settings.radius,) * 4), value=default)
 
     def adopt(self, coarse: "_Scale") -> None:
         """Takes over the matches of the next coarser scale."""
@@ -262,6 +315,7 @@ class _Scale:
         self.distance, self.shift = coarse.distance[place] * known, coarse.shift[place] * known[:, None]
 
 
+@torch.no_grad()
 def fill_with_patches(
     image: torch.Tensor,
     hole: torch.Tensor,
@@ -311,6 +365,7 @@ def fill_with_patches(
             estimate[:3] = guide_
         else:
             scale.adopt(coarse)
+            del coarse
             if hole_.numel() > settings.search_pixels:
                 continue
         scale.prepare()
@@ -323,15 +378,15 @@ def fill_with_patches(
 
 def _is_divisible(hole: torch.Tensor, source: torch.Tensor, settings: Settings) -> bool:
     """Whether the next coarser scale is of use: the hole is thick, and enough is left around it."""
-    is_thin = not (~_grow(~hole, settings.thin)).any()
+    is_thin = not (~grow(~hole, settings.thin)).any()
     if min(hole.shape) < 48 or (is_thin and hole.numel() <= settings.search_pixels):
         return False
     small = _halve((~hole & source).float()[None])[0] >= 0.6
-    queries = _grow(~small, settings.radius).sum()
+    queries = grow(~small, settings.radius).sum()
     return bool(_shrink(small, settings.radius).sum() >= max(256, queries // 2))
 
 
-def holes(mask: np.ndarray, reach: int) -> list[np.ndarray]:
+def holes(mask: np.ndarray, reach: int) -> list[tuple[tuple[int, int, int, int], np.ndarray]]:
     """
     Takes a mask apart into holes that are farther from each other than about `reach` pixels.
 
@@ -340,19 +395,31 @@ def holes(mask: np.ndarray, reach: int) -> list[np.ndarray]:
         reach (`int`): At least 1.
 
     Returns:
-        `list[np.ndarray]`: Boolean masks `[H, W]`, which together are `mask`.
+        `list[tuple[tuple[int, int, int, int], np.ndarray]]`: Of each hole the box `(left, top, right, bottom)` and a
+        boolean mask `[h, w]` of it.
     """
-    height, width = mask.shape
-    blocks = torch.from_numpy(mask)[None, None].float()
-    blocks = F.max_pool2d(F.pad(blocks, (0, -width % reach, 0, -height % reach)), reach)[0, 0] > 0
+    left, top, right, bottom = mask_box(mask)
+    left, top = left // reach * reach, top // reach * reach
+    mask = mask[top:bottom, left:right]
+    blocks = F.pad(torch.from_numpy(mask), (0, (left - right) % reach, 0, (top - bottom) % reach))
+    blocks = blocks.unflatten(0, (-1, reach)).any(1).unflatten(1, (-1, reach)).any(2)
     labels = torch.arange(1, blocks.numel() + 1, dtype=torch.float64).view(blocks.shape) * blocks
     while True:  # the greatest label spreads over all blocks that touch
         spread = F.max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * blocks
         if (spread == labels).all():
             break
         labels = spread
-    labels = labels.numpy()[np.arange(height)[:, None] // reach, np.arange(width) // reach]
-    return [mask & (labels == label) for label in np.unique(labels[mask])]
+    found = []
+    for label in labels[blocks].unique():
+        own = (labels == label).numpy()
+        area = mask_box(own)
+        own = own[_slices(area)].repeat(reach, 0).repeat(reach, 1)
+        part = mask[area[1] * reach : area[3] * reach, area[0] * reach : area[2] * reach]
+        part = part & own[: part.shape[0], : part.shape[1]]
+        inner = mask_box(part)
+        x, y = left + area[0] * reach, top + area[1] * reach
+        found.append(((x + inner[0], y + inner[1], x + inner[2], y + inner[3]), part[_slices(inner)]))
+    return found
 
 
 def held_out_errors(
@@ -376,7 +443,7 @@ def held_out_errors(
         share = _halve(known)
         image = _halve(image * known) / share.clamp(min=1e-6)
         hole, source = share[0] < 0.6, _halve(source.float()[None])[0] >= 0.6
-    held_out = _grow(hole, 6)
+    held_out = grow(hole, 6)
     ring = held_out & ~hole
     if (ring & source).any():  # not what is left of an object beside its mask
         ring = ring & source
@@ -427,30 +494,33 @@ def add_detail(
     led = match_edges(fill[_slices(part, box)], picture.rgb(part), inside).clip(0, 1)
     # Outside the mask it becomes the photo, so that a paste that matches colours finds that they match already.
     result = np.array(picture.rgb(box), np.float32)
-    for hole in holes(mask, max(16, max(mask.shape) // 64)):
-        around = _surroundings(hole)
+    for own, hole in holes(mask, max(16, max(mask.shape) // 64)):
+        around = _surroundings(own, mask.shape)
         filled = np.array(picture.rgb(around), np.float32)
+        hole_around = np.zeros(filled.shape[:2], bool)
+        hole_around[_slices(own, around)] = hole
         both = _overlap(around, part)
         in_around, in_part = _slices(both, around), _slices(both, part)
         filled[in_around][inside[in_part]] = led[in_part][inside[in_part]]
         detailed = _detail_hole(
             torch.from_numpy(filled).permute(2, 0, 1).contiguous().to(device),
-            torch.from_numpy(hole[_slices(around)]).to(device),
+            torch.from_numpy(hole_around).to(device),
             torch.from_numpy(mask[_slices(around)]).to(device),
             region.enlargement if detail == "enlarged" else None,
             generator,
         )
         detailed = detailed.permute(1, 2, 0).cpu().numpy().clip(0, 1)
-        here = hole[_slices(both)]
+        here = hole_around[in_around]
         result[_slices(both, box)][here] = detailed[in_around][here]
     return result
 
 
-def _surroundings(hole: np.ndarray) -> tuple[int, int, int, int]:
-    """The box that patches for a hole come from: as wide as the hole on each side, within limits."""
-    left, top, right, bottom = mask_box(hole)
+def _surroundings(hole: tuple[int, int, int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The box that patches for a hole come from: as wide as the hole's on each side, within limits."""
+    left, top, right, bottom = hole
     side = max(right - left, bottom - top)
-    return mask_box(hole, min(max(side, 96), max(side // 4, 256)))
+    margin = min(max(side, 96), max(side // 4, 256))
+    return _overlap((left - margin, top - margin, right + margin, bottom + margin), (0, 0, shape[1], shape[0]))
 
 
 def _overlap(box: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -470,21 +540,25 @@ def _detail_hole(
     generator: torch.Generator,
 ) -> torch.Tensor:
     """One hole of a filled picture `[3, H, W]`; without `enlargement` it is decided how much the filling leads."""
-    source = next((s for s in (~_grow(unknown, RIM), ~unknown) if _shrink(s, Settings().radius).sum() >= 64), None)
+    source = next((s for s in (~grow(unknown, RIM), ~unknown) if _shrink(s, Settings().radius).sum() >= 64), None)
     if source is None:  # the hole is all but the whole picture
         return filled
+    box = _box(hole, 1)
+    inside = (slice(None), *box)  # where differences are; around it they are 0
     if enlargement is not None:
         settings = Settings(lead_sigma=enlargement / 2)
         detailed = fill_with_patches(filled, hole, source, filled, ENLARGED, generator, settings, copy=True)
-        return detailed + _blur((filled - detailed) * hole, enlargement / 2)
+        detailed[inside] += _blur((filled - detailed)[inside] * hole[box], enlargement / 2)
+        return detailed
     lead = choose_lead(filled, hole, source, generator)
     if lead is None:
         return filled
     guide = filled if lead == LED else membrane(filled, hole)
     detailed = fill_with_patches(filled, hole, source, guide, lead, generator)
     # The guide is right about low frequencies where it differs a little: patches drift. Large differences are things.
-    low = _blur((guide - detailed) * hole, max(hole.shape) / 64)
-    return detailed + hole * low * torch.exp(-low.square().sum(0) / (2 * 0.05**2))
+    low = _blur((guide - detailed)[inside] * hole[box], max(hole.shape) / 64)
+    detailed[inside] += hole[box] * low * torch.exp(-low.square().sum(0) / (2 * 0.05**2))
+    return detailed
 
 
 def _is_thick(hole: torch.Tensor) -> bool:
@@ -492,7 +566,7 @@ def _is_thick(hole: torch.Tensor) -> bool:
     share = hole.float()[None]
     while max(share.shape[1:]) > 128:
         share = _halve(share)
-    return bool((~_grow(share[0] < 0.5, max(share.shape[1:]) // 16)).any())
+    return bool((~grow(share[0] < 0.5, max(share.shape[1:]) // 16)).any())
 
 
 def choose_lead(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import logging
 from PIL import Image
@@ -160,14 +161,26 @@ def dilate_mask(mask: np.ndarray, pixels: int) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `[H, W]`.
     """
-    window = 2 * pixels + 1
-    for _ in range(2):  # along each axis, by windows that double, so that the cost hardly grows with `pixels`
-        reach, span = np.pad(mask, ((pixels, pixels), (0, 0))), 1
+    if not mask.any():
+        return mask
+    left, top, right, bottom = mask_box(mask, pixels)
+    result = np.zeros_like(mask)
+    result[top:bottom, left:right] = grow(torch.from_numpy(mask[top:bottom, left:right]), pixels).numpy()
+    return result
+
+
+def grow(mask: torch.Tensor, pixels: int) -> torch.Tensor:
+    """[`dilate_mask`] for a tensor."""
+    for dim in (0, 1):
+        # Along each axis, by windows that double, so that the cost hardly grows with `pixels`.
+        reach = F.pad(mask, (0, 0, pixels, pixels) if dim == 0 else (pixels, pixels))
+        span, window = 1, 2 * pixels + 1
         while span < window:
             step = min(span, window - span)
-            reach = reach[step:] | reach[:-step]
+            kept = reach.shape[dim] - step
+            reach = reach.narrow(dim, step, kept) | reach.narrow(dim, 0, kept)
             span += step
-        mask = reach.T
+        mask = reach
     return mask
 
 
