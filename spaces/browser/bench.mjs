@@ -41,11 +41,13 @@ function feeds(graph, height, width) {
 }
 
 for (const graph of graphs.split(',')) {
-  // As in the page, nothing holds the file's bytes once the runtime has them.
-  const open = () => {
-    const { buffer, byteOffset, length } = readFileSync(`${folder}/${graph}/model.onnx`);
-    return ort.InferenceSession.create(new Uint8Array(buffer, byteOffset, length), { executionProviders: ['wasm'] });
+  const read = (file) => {
+    const { buffer, byteOffset, length } = readFileSync(`${folder}/${graph}/${file}`);
+    return new Uint8Array(buffer, byteOffset, length);
   };
+  const data = read('model.onnx_data');
+  const options = { executionProviders: ['wasm'], externalData: [{ path: 'model.onnx_data', data }] };
+  const open = () => ort.InferenceSession.create(read('model.onnx'), options);
   const [opening, session] = await timed(open);
   for (const size of sizes.split(',')) {
     const [height, width] = size.split('x').map(Number);
