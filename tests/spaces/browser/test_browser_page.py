@@ -208,7 +208,10 @@ def test_stop_and_run_again(server, visit):
 def test_model_is_opened_while_the_user_paints(server, visit):
     visitor = visit(server.url)
     assert not any(path.endswith(".onnx_data") for path, _ in server.requests)
-    with visitor.page.expect_response("**/vae_decoder/model.onnx_data"), visitor.page.expect_response("**/unet/*_data"):
+    with (
+        visitor.page.expect_response("**/vae_decoder/model.onnx_data"),
+        visitor.page.expect_response("**/unet/*_data"),
+    ):
         visitor.press("Try an example")
     visitor.stroke()
     server.requests.clear()
