@@ -330,7 +330,11 @@ async function start(): Promise<void> {
     input('size').value = String(editor.size);
   });
   for (const id of ['model', 'other']) input(id).addEventListener('change', showModelSize);
-  for (const id of ['model', 'other', 'device']) input(id).addEventListener('change', prepare);
+  for (const id of ['model', 'other', 'device'])
+    input(id).addEventListener('change', () => {
+      if (find('stop').hidden) endWorker(); // else two models would be in memory
+      prepare();
+    });
 
   if (import.meta.env.PROD) navigator.serviceWorker?.register('./service-worker.js').catch(console.warn);
   await listModels();

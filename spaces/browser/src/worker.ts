@@ -19,7 +19,9 @@ function open(model: Model, device: Device): Promise<Graphs> {
     say({ kind: 'loading', loaded, size: model.size });
   });
   opened = { url: model.url, device, graphs };
-  graphs.catch(() => (opened = null)); // the next one tries again
+  graphs.catch(() => {
+    if (opened?.graphs === graphs) opened = null; // the next one tries again
+  });
   return graphs;
 }
 
