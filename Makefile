@@ -32,7 +32,6 @@ space:
 	mkdir -p build/space
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/space .
 	cp -r spaces/app.py spaces/README.md spaces/screenshots build/space/
-	rm build/space/screenshots/take.py
 	cd build/space && echo "./$$(ls diffusers_moebius-*.whl)[demo]" > requirements.txt
 
 # The static page with the bundled model: a folder for any web server, or for a Space with `sdk: static`.

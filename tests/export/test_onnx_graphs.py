@@ -60,8 +60,8 @@ def test_export_leaves_the_pipeline_as_it_is(kl_pipeline, tmp_path):
 
 def test_float16_halves_unet_and_decoder_alone(exported, kl_pipeline, tmp_path):
     folder = export_onnx(kl_pipeline, tmp_path / "half", dtype="float16")
-    sizes = {name: (folder / name / "model.onnx").stat().st_size for name in GRAPHS}
-    full = {name: (exported / name / "model.onnx").stat().st_size for name in GRAPHS}
+    sizes = {name: (folder / name / "model.onnx_data").stat().st_size for name in GRAPHS}
+    full = {name: (exported / name / "model.onnx_data").stat().st_size for name in GRAPHS}
 
     def weights(graph):
         return sum(onnx.numpy_helper.to_array(weight).nbytes for weight in graph.initializer)
@@ -138,7 +138,8 @@ def test_models_without_an_onnx_form(tiny_autoencoder, tmp_path):
 
 def test_list_of_files_fits_them(exported):
     files = json.loads((exported / "files.json").read_text())
-    assert files.keys() == {f"{name}/model.onnx" for name in GRAPHS}
+    assert files.keys() == {f"{name}/model.{end}" for name in GRAPHS for end in ("onnx", "onnx_data")}
     for name, facts in files.items():
         content = (exported / name).read_bytes()
+        assert (exported / name).stat().st_mode == (exported / "files.json").stat().st_mode  # for a web server
         assert facts == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -2,8 +2,8 @@
 
 import { Editor, makeCanvas } from './editor';
 import { drawExample } from './example';
-import type { RunRequest, WorkerMessage } from './messages';
-import { keepModels, loadModel, modelUrl } from './models';
+import type { PrepareRequest, RunRequest, WorkerMessage } from './messages';
+import { LARGE, keepModels, loadModel, modelUrl } from './models';
 import type { Patch } from './pipeline';
 import { LANGUAGES, type TextKey, preferredLanguage, setLanguage, text } from './text';
 
@@ -11,8 +11,7 @@ const find = <T extends HTMLElement = HTMLElement>(id: string) => document.getEl
 const input = (id: string) => find<HTMLInputElement>(id);
 const MIN_SIDE = 16;
 const MEGABYTE = 1e6;
-/** A larger model gives its memory back after every run, a smaller one after a while. */
-const LARGE = 100 * MEGABYTE;
+/** A large model gives its memory back after every run, a smaller one after a while. */
 const IDLE = 60_000; // ms
 
 let worker: Worker | null = null;
@@ -40,6 +39,7 @@ function openCanvas(canvas: HTMLCanvasElement, title: string): void {
   editor.open(canvas);
   forgetResults();
   tell('sizeOfPhoto', { width: canvas.width, height: canvas.height });
+  prepare();
 }
 
 async function openFile(file: Blob & { name?: string }): Promise<void> {
@@ -107,15 +107,31 @@ function chosenModel(): string {
   return modelUrl(choice === '' ? input('other').value.trim() : choice, document.baseURI);
 }
 
+function chosenDevice(): RunRequest['device'] {
+  return input('device').value as RunRequest['device'];
+}
+
 function setRunning(isRunning: boolean): void {
   find('run').hidden = isRunning;
   find('stop').hidden = !isRunning;
   find('progress').hidden = !isRunning;
 }
 
+function startWorker(): Worker {
+  clearTimeout(idle);
+  return (worker ??= new Worker(new URL('./worker.ts', import.meta.url), { type: 'module' }));
+}
+
 function endWorker(): void {
   worker?.terminate();
   worker = null;
+}
+
+/** Opens the model while the user paints. */
+function prepare(): void {
+  if (find('work').hidden || !find('stop').hidden || (!input('model').value && !input('other').value)) return;
+  const request: PrepareRequest = { kind: 'prepare', modelUrl: chosenModel(), device: chosenDevice() };
+  startWorker().postMessage(request);
 }
 
 function stop(): void {
@@ -131,7 +147,7 @@ async function run(): Promise<void> {
   await maskReading;
   const mask = editor.readMask();
   if (!mask.data.includes(1)) return tell('nothingMarked');
-  clearTimeout(idle);
+  const worker = startWorker();
   keepModels();
   forgetResults();
   setRunning(true);
@@ -139,7 +155,6 @@ async function run(): Promise<void> {
   let size = 0;
   const progress = find<HTMLProgressElement>('progress');
   progress.value = 0;
-  worker ??= new Worker(new URL('./worker.ts', import.meta.url), { type: 'module' });
   const end = (key: TextKey, values: Record<string, string | number>) => {
     setRunning(false);
     find(patches.length ? 'png' : 'run').focus();
@@ -198,6 +213,7 @@ async function run(): Promise<void> {
   const number = (id: string) => (Number.isFinite(input(id).valueAsNumber) ? input(id).valueAsNumber : null);
   const count = Math.min(Math.max(number('count') ?? 1, 1), 8);
   const request: RunRequest = {
+    kind: 'run',
     modelUrl: chosenModel(),
     pixels: editor.pixels(),
     mask,
@@ -207,7 +223,7 @@ async function run(): Promise<void> {
     margin: Math.max(number('context') ?? 64, 0),
     seeds: Array.from({ length: count }, (_, i) => (seed + i) >>> 0),
     fast: input('fast').checked,
-    device: input('device').value as RunRequest['device'],
+    device: chosenDevice(),
   };
   worker.postMessage(request, [request.pixels.buffer, request.mask.data.buffer]);
 }
@@ -295,10 +311,12 @@ async function start(): Promise<void> {
   click('edit', () => {
     forgetResults();
     find('canvas').focus();
+    prepare();
   });
   click('keep', () => openCanvas(editor.compose(), name));
   click('close', () => {
     stop();
+    endWorker();
     editor.close();
     forgetResults();
     showWork(false);
@@ -312,6 +330,11 @@ async function start(): Promise<void> {
     input('size').value = String(editor.size);
   });
   for (const id of ['model', 'other']) input(id).addEventListener('change', showModelSize);
+  for (const id of ['model', 'other', 'device'])
+    input(id).addEventListener('change', () => {
+      if (find('stop').hidden) endWorker(); // else two models would be in memory
+      prepare();
+    });
 
   if (import.meta.env.PROD) navigator.serviceWorker?.register('./service-worker.js').catch(console.warn);
   await listModels();

@@ -4,8 +4,19 @@ import type { DetailMode } from './detail';
 import type { Mask } from './region';
 import type { Patch } from './pipeline';
 
-export interface RunRequest {
+interface ModelRequest {
   modelUrl: string;
+  /** `auto` is WebGPU for large models where the browser has it. */
+  device: 'auto' | 'wasm' | 'webgpu';
+}
+
+/** To be ready once there is something to run; large models wait until then. */
+export interface PrepareRequest extends ModelRequest {
+  kind: 'prepare';
+}
+
+export interface RunRequest extends ModelRequest {
+  kind: 'run';
   pixels: Uint8ClampedArray<ArrayBuffer>;
   mask: Mask;
   /** Empty fields are the model's own. */
@@ -15,8 +26,6 @@ export interface RunRequest {
   margin: number;
   seeds: number[];
   fast: boolean;
-  /** `auto` is WebGPU for large models where the browser has it. */
-  device: 'auto' | 'wasm' | 'webgpu';
 }
 
 export type WorkerMessage =

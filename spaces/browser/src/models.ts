@@ -7,12 +7,13 @@ import type { PasteMode } from './paste';
 const CACHE = 'moebius-models';
 const PART = 8 * 2 ** 20; // bytes of a part; a download that breaks off goes on with the next one
 
-export type GraphName = 'unet' | 'vae_encoder' | 'vae_decoder';
+/** Bytes from which a model is large: worth WebGPU's larger runtime, and only in memory while it runs. */
+export const LARGE = 100 * 2 ** 20;
 
 export interface Model {
   url: string;
   config: ModelConfig;
-  /** Bytes of all graphs. */
+  /** Bytes of all files. */
   size: number;
   files: Record<string, { size: number; sha256: string }>;
 }
@@ -79,15 +80,14 @@ async function sha256(bytes: Uint8Array<ArrayBuffer>): Promise<string | null> {
 }
 
 /**
- * The bytes of a graph, from the cache or the network. Parts are kept as they come, so that a download goes on where it
+ * The bytes of a file, from the cache or the network. Parts are kept as they come, so that a download goes on where it
  * broke off; `onBytes` is told how many more there are.
  */
-export async function loadGraph(
+export async function loadFile(
   model: Model,
-  name: GraphName,
+  file: string,
   onBytes: (count: number) => void,
 ): Promise<Uint8Array<ArrayBuffer>> {
-  const file = `${name}/model.onnx`;
   const { size, sha256: expected } = model.files[file];
   // The address is the stable one, whatever it redirects to, and changes with the content.
   const address = `${new URL(file, model.url).href}?${expected.slice(0, 16)}`;

@@ -20,7 +20,7 @@ from ..models.latent_categories import LatentCategoriesEmbedder
 from ..models.linear_attention import GatedLinearAttention
 from ..pictures.files import replace_folder
 from .onnx_layers import prepare_unet
-from .onnx_pipeline import GRAPH_FILE, load_onnx_pipeline
+from .onnx_pipeline import GRAPH_FILE, WEIGHTS_FILE, load_onnx_pipeline
 
 OPSET = 18
 DTYPES = ("float32", "float16")
@@ -111,7 +111,8 @@ def export_onnx(
     overwrite: bool = False,
 ) -> Path:
     """
-    Writes a pipeline as ONNX graphs: `unet`, `vae_encoder` and `vae_decoder`, each with its `model.onnx`.
+    Writes a pipeline as ONNX graphs: `unet`, `vae_encoder` and `vae_decoder`, each with its `model.onnx` and, in
+    `model.onnx_data`, its weights.
 
     Every graph serves every size, and each is run and compared with PyTorch before the folder gets its name.
 
@@ -187,8 +188,9 @@ def _write_folder(pipeline, folder: Path, dtype: str) -> None:
     _write_json(folder / "model_index.json", index)
     # By which a browser knows how much there is to load, and whether it has it whole.
     files = {
-        f"{name}/{GRAPH_FILE}": {"size": path.stat().st_size, "sha256": _sha256(path)}
-        for name, path in ((name, folder / name / GRAPH_FILE) for name in graphs)
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for name in graphs
+        for path in sorted((folder / name).glob(f"{GRAPH_FILE}*"))
     }
     _write_json(folder / "files.json", files)
 
@@ -269,7 +271,10 @@ def _write_graph(
     if dtype == "float16":
         _store_as_float16(model)
     _drop_duplicates(model)
-    onnx.save(model, path)
+    # Within the graph, a runtime would hold the weights several times while it reads them.
+    onnx.save(model, path, save_as_external_data=True, location=WEIGHTS_FILE)
+    if (weights := folder / WEIGHTS_FILE).is_file():
+        weights.chmod(path.stat().st_mode)  # else the owner's alone, and a web server is somebody else
     onnx.checker.check_model(path)
     config = {name: value for name, value in config.items() if name != "_name_or_path"}
     _write_json(folder / "config.json", config)
@@ -360,13 +365,13 @@ def _make_card(pipeline, folder: Path, dtype: str, checks: list[tuple[str, str, 
 
     graphs = []
     for name in ("unet", "vae_encoder", "vae_decoder"):
-        path = folder / name / GRAPH_FILE
-        graph = onnx.load(path).graph
+        graph = onnx.load(folder / name / GRAPH_FILE, load_external_data=False).graph
+        size = sum(path.stat().st_size for path in (folder / name).glob(f"{GRAPH_FILE}*"))
         cells = [
             f"`{name}/{GRAPH_FILE}`",
             *(", ".join(map(_describe_value, values)) for values in (graph.input, graph.output)),
             "float32" if name == "vae_encoder" else dtype,
-            f"{path.stat().st_size / 1e6:.1f}",
+            f"{size / 1e6:.1f}",
         ]
         graphs.append(f"| {' | '.join(cells)} |")
     base_model = hub_repository(pipeline.config.get("_name_or_path"))

@@ -17,6 +17,7 @@ from ..models.unet_2d_moebius import MoebiusUNet2DOutput
 from ..pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 
 GRAPH_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx_data"  # beside the graph, where ONNX Runtime finds it
 
 
 class OnnxGraph:

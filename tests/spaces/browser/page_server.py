@@ -43,7 +43,7 @@ class PageServer:
                 if "/models/" in path:
                     server.is_open.wait(60)
                 content = next((value for end, value in server.replaced.items() if path.endswith(end)), None)
-                if content is None and not path.endswith(".onnx"):
+                if content is None and not path.endswith((".onnx", ".onnx_data")):
                     super().do_GET()
                     return
                 content = Path(self.translate_path(self.path)).read_bytes() if content is None else content

@@ -195,14 +195,28 @@ def test_several_results_to_choose_from(server, visit, tmp_path):
 
 def test_stop_and_run_again(server, visit):
     visitor = visit(server.url)
+    server.is_open.clear()
     visitor.press("Try an example")
     visitor.stroke()
-    server.is_open.clear()
     visitor.press("Remove")
     visitor.press("Stop")
     visitor.expect_status("Stopped.")
     server.is_open.set()
     visitor.run()
+
+
+def test_model_is_opened_while_the_user_paints(server, visit):
+    visitor = visit(server.url)
+    assert not any(path.endswith(".onnx_data") for path, _ in server.requests)
+    with (
+        visitor.page.expect_response("**/vae_decoder/model.onnx_data"),
+        visitor.page.expect_response("**/unet/*_data"),
+    ):
+        visitor.press("Try an example")
+    visitor.stroke()
+    server.requests.clear()
+    visitor.run()
+    assert not any(".onnx" in path for path, _ in server.requests)
 
 
 def test_works_offline_on_the_second_visit(page_folder, visit):
@@ -221,14 +235,14 @@ def test_works_offline_on_the_second_visit(page_folder, visit):
 
 
 def test_broken_model_file(server, visit, page_folder):
-    content = (page_folder / "models/nano/unet/model.onnx").read_bytes()
-    server.replaced["unet/model.onnx"] = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+    content = (page_folder / "models/nano/unet/model.onnx_data").read_bytes()
+    server.replaced["unet/model.onnx_data"] = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
     visitor = visit(server.url)
     visitor.press("Try an example")
     visitor.stroke()
     visitor.press("Remove")
     visitor.expect_status("broken or incomplete")
-    server.replaced["unet/model.onnx"] = content[:-100]
+    server.replaced["unet/model.onnx_data"] = content[:-100]
     visitor.press("Remove")
     visitor.expect_status("broken or incomplete")
     server.replaced.clear()
@@ -245,11 +259,11 @@ def test_missing_model(server, visit):
 
 def test_download_goes_on_where_it_broke_off(page_folder, visit):
     server = PageServer(page_folder, ranges=True)
-    size = (page_folder / "models/nano/unet/model.onnx").stat().st_size
+    size = (page_folder / "models/nano/unet/model.onnx_data").stat().st_size
     part = 8 * 2**20
     assert size > part
     second = f"bytes={part}-{size - 1}"
-    server.lost.add(("unet/model.onnx", second))
+    server.lost.add(("unet/model.onnx_data", second))
     visitor = visit(server.url)
     visitor.press("Try an example")
     visitor.stroke()
@@ -257,7 +271,7 @@ def test_download_goes_on_where_it_broke_off(page_folder, visit):
     sync_api.expect(visitor.page.get_by_role("button", name="Remove")).to_be_visible(timeout=TIMEOUT)
     server.lost.clear()
     visitor.run()
-    asked = [wanted for path, wanted in server.requests if path.endswith("unet/model.onnx")]
+    asked = [wanted for path, wanted in server.requests if path.endswith("unet/model.onnx_data")]
     assert asked.count(f"bytes=0-{part - 1}") == 1
     assert asked.count(second) >= 2
     server.close()
