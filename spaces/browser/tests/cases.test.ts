@@ -1,7 +1,7 @@
 /** The cases that tests/spaces/browser/test_browser_cases.py writes with the package's own numbers. */
 
 import { readFileSync } from 'node:fs';
-import { describe, expect, test } from 'vitest';
+import { beforeEach, describe, expect, test } from 'vitest';
 import { CONSTANTS, addDetail, heldOutErrors } from '../src/detail';
 import { topEigenvectors } from '../src/eigen';
 import { guide, isGuided } from '../src/guidance';
@@ -24,6 +24,9 @@ import {
   workingSize,
 } from '../src/region';
 import { type SchedulerConfig, makeScheduler } from '../src/schedulers';
+
+// Minutes of tests in a row that wait for nothing would leave the runner without an answer.
+beforeEach(() => new Promise((resolve) => setTimeout(resolve)));
 
 interface NumberArray {
   shape: number[];
