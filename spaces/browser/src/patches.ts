@@ -14,7 +14,7 @@ export const SETTINGS = {
   leadSigma: 8,
   thin: 5,
   iterations: [4, 8],
-  exact: [5_000_000, 50_000_000],
+  exact: 50_000_000,
   searchPixels: 800_000,
   mean: 0.1,
   shift: 0.05,
@@ -195,7 +195,6 @@ class Scale {
   /** Features of the sources: that of a pixel has the row `rows[pixel]`. */
   private sourceFeatures = new Float32Array();
   private rows = new Int32Array();
-  private round = 0;
 
   constructor(
     image: Planes,
@@ -229,10 +228,8 @@ class Scale {
     return Int32Array.from(this.tools.random.integers(this.sources.length, count), (index) => this.sources[index]);
   }
 
-  private get exactRounds(): number {
-    const [always, first] = this.settings.exact;
-    const pairs = this.queries.length * this.sources.length;
-    return pairs <= always ? Infinity : pairs <= first ? 1 : 0;
+  private get isExact(): boolean {
+    return this.queries.length * this.sources.length <= this.settings.exact;
   }
 
   /** Finds the principal components of the patches, and the features of those that may be copied. */
@@ -265,7 +262,7 @@ class Scale {
     [...this.columns].sort((i, j) => spreads[j] - spreads[i]).forEach((feature, i) => (this.columns[feature] = i));
     let features = await this.features(this.image, this.sources, this.columns);
     let order = this.sources;
-    if (this.exactRounds > 0) {
+    if (this.isExact) {
       // Sorted by the first feature, so that a search can end where this alone is farther than the best.
       const ranks = new Uint32Array(order.length).map((_, i) => i);
       ranks.sort((i, j) => features[i * size] - features[j * size]);
@@ -346,7 +343,7 @@ class Scale {
     const features = await this.features(estimate, this.queries, this.columns);
     for (let query = 0; query < this.queries.length; query++)
       this.distance[query] = this.compare(features, query, this.rows[this.match[query]], Infinity);
-    if (this.round++ < this.exactRounds) this.searchAll(features);
+    if (this.isExact) this.searchAll(features);
     else
       for (let round = 0; round < 2; round++) {
         this.propagate(features);
@@ -452,8 +449,8 @@ class Scale {
         let sum = 0;
         for (let down = -radius; down <= radius; down++)
           for (let right = -radius; right <= radius; right++) {
-            if (y < down || y - down >= height || x < right || x - right >= width) continue;
-            const delta = down * width + right;
+            const isInside = y >= down && y - down < height && x >= right && x - right < width;
+            const delta = isInside ? down * width + right : 0;
             const query = index[pixel - delta];
             const weight = weights[query];
             const from = (match[query] + delta) * channels;

@@ -37,8 +37,7 @@ class Settings(NamedTuple):
         lead_sigma (`float`): What counts as the low frequencies of a filling that leads, in pixels.
         thin (`int`): A scale at which no pixel of the hole is farther from its edge is coarse enough.
         iterations (`tuple[int, int]`): Rounds of search and vote at the finest and at the coarsest scale.
-        exact (`tuple[int, int]`): So many pairs of patches are compared one and all, in each round of a scale and in
-            its first; where there are more, the search is random.
+        exact (`int`): So many pairs of patches are compared one and all; where there are more, the search is random.
         search_pixels (`int`): Regions with more pixels are searched at half their size.
         mean (`float`): Weight of the patches' mean colours, which may be corrected, against their other components.
         shift (`float`): By how much a patch's mean colour is corrected at most, at the two finest scales.
@@ -54,7 +53,7 @@ class Settings(NamedTuple):
     lead_sigma: float = 8.0
     thin: int = 5
     iterations: tuple[int, int] = (4, 8)
-    exact: tuple[int, int] = (5_000_000, 50_000_000)
+    exact: int = 50_000_000
     search_pixels: int = 800_000
     mean: float = 0.1
     shift: float = 0.05
@@ -129,8 +128,7 @@ class _Scale:
         self.sources = self.valid.nonzero()[:, 0]
         is_query = grow(hole, radius)
         self.queries = is_query.flatten().nonzero()[:, 0]
-        pairs = len(self.queries) * len(self.sources)
-        self.exact_rounds = math.inf if pairs <= settings.exact[0] else int(pairs <= settings.exact[1])
+        self.is_exact = len(self.queries) * len(self.sources) <= settings.exact
         self.index = torch.full_like(is_query.flatten(), -1, dtype=torch.long)  # of each position among the queries
         self.index[self.queries] = torch.arange(len(self.queries), device=hole.device)
         self.box = _box(is_query)
@@ -179,7 +177,7 @@ class _Scale:
         self.extra = self.extra.permute(1, 2, 0)
         self.source_features = self.features(self.image, (slice(0, self.height), slice(0, self.width)))
         self.first_source_features = self.source_features[:, :8].contiguous()
-        if self.exact_rounds:
+        if self.is_exact:
             table = self.source_features.index_select(0, self.sources)
             self.center = table.mean(0)  # around zero the products are exact enough for a close call
             table = table - self.center
@@ -205,12 +203,11 @@ class _Scale:
     def search(self, estimate: torch.Tensor) -> None:
         """Finds for each patch of the estimate that touches the hole one like it outside."""
         query_features = self.features(estimate, self.box).index_select(0, self.places)
-        is_exact, self.exact_rounds = self.exact_rounds > 0, self.exact_rounds - 1
-        if is_exact:
+        if self.is_exact:
             self._compare_all(query_features)
         difference = query_features - self.source_features.index_select(0, self.match)
         self.distance = difference.square().sum(1)
-        if not is_exact:
+        if not self.is_exact:
             # By the first of their features most candidates turn out to be farther already.
             pairs = [
                 (query_features[:, :8].contiguous(), self.first_source_features),
@@ -289,12 +286,25 @@ class _Scale:
         if not copy:
             # Of weights and shifts the sums over a window, which take no gathering.
             sums, side = torch.cat([weights * shift, weights], 2).permute(2, 0, 1), 2 * radius + 1
-            sums = side**2 * F.avg_pool2d(F.avg_pool2d(sums, (side, 1), 1), (1, side), 1).permute(1, 2, 0)
+            own = sums[:, radius:-radius, radius:-radius]
+            sums = side**2 * F.avg_pool2d(F.avg_pool2d(sums, (side, 1), 1), (1, side), 1)
+            # Instead of patches around places outside the picture a pixel's own counts once more.
+            across, down = (self._reach(dim) for dim in (1, 0))
+            missing = side**2 - down[:, None] * across
+            sums = (sums + missing * own).permute(1, 2, 0)
+            own = colors.index_select(0, match[radius:-radius, radius:-radius].flatten()).view(total.shape)
+            total.addcmul_(own, missing[..., None] * weights[radius:-radius, radius:-radius])
             total[..., :3] += sums[..., :3]
             total /= sums[..., 3:]
         result, hole = self.image.clone(), self.hole[self.box]
         result[(slice(None), *self.box)][:, hole] = total[hole].T
         return result
+
+    def _reach(self, dim: int) -> torch.Tensor:
+        """Over how many positions of the picture patches lie that cover a pixel, for the lines of the queries' box."""
+        radius, length = self.settings.radius, self.hole.shape[dim]
+        lines = torch.arange(self.box[dim].start, self.box[dim].stop, device=self.hole.device)
+        return (lines + radius).clamp(max=length - 1) - (lines - radius).clamp(min=0) + 1
 
     def _spread(self, values: torch.Tensor, default: float = 0) -> torch.Tensor:
         """What belongs to the queries in their places, in their box with a border of a patch's radius."""

@@ -233,21 +233,20 @@ def hole_cases():
 
 
 def patch_cases():
-    """One hole filled with patches: by comparing all pairs, at random, by both, below full size, and copied."""
+    """One hole filled with patches: by comparing all pairs, by the random search, below full size, and copied."""
     random = np.random.default_rng(3)
     cases = []
     for number, (settings, lead, copy) in enumerate(
         [
             ({}, detail.UNLED, False),
-            ({"exact": (0, 10_000)}, detail.LED, False),
-            ({"exact": (0, 50_000_000)}, detail.UNLED, False),
+            ({"exact": 10_000}, detail.LED, False),
             ({"search_pixels": 5000}, detail.UNLED, False),
             ({"lead_sigma": 1.2}, detail.ENLARGED, True),
         ]
     ):
         image = torch.from_numpy(textured(random, 90, 101)).permute(2, 0, 1) / 255
         hole = torch.zeros(90, 101, dtype=torch.bool)
-        hole[30:60, 25 + 12 * number : 60 + 12 * number] = True  # the last one reaches the border
+        hole[30:60, 25 + 20 * number : 60 + 20 * number] = True  # the last one reaches the border
         source = ~torch.from_numpy(dilate_mask(hole.numpy(), 4))
         guide = fill_hole(image[None], hole[None, None].float())[0]
         generator = torch.Generator().manual_seed(number)
