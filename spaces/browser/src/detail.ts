@@ -25,8 +25,8 @@ import { type Box, type Mask, type Planes, cropMask, cropPlanes, fillHole, halve
 export type DetailMode = 'patches' | 'enlarged' | null;
 
 /** The package's constants; the reasons for them are given there. */
-export const CONSTANTS = { RIM: 4, LARGE: 0.2, STRANGE: 0.03, LED: 0.5, UNLED: 0.02, ENLARGED: 2 };
-const { RIM, LARGE, STRANGE, LED, UNLED, ENLARGED } = CONSTANTS;
+export const CONSTANTS = { RIM: 4, LARGE: 0.2, STRANGE: 0.03, LED: 0.5, UNLED: 0.02, ENLARGED: 2, SMOOTH: 0.12 };
+const { RIM, LARGE, STRANGE, LED, UNLED, ENLARGED, SMOOTH } = CONSTANTS;
 
 /**
  * How well what is known around a hole is rebuilt when it is held out, a ring of 6 px at a size of 128 px: mean squared
@@ -102,7 +102,10 @@ async function detailHole(
     if (!hole.data[i]) continue;
     const [r, g, b] = [low[i], low[size + i], low[2 * size + i]];
     const weight = Math.exp(-(r * r + g * g + b * b) / (2 * 0.05 ** 2));
-    for (let j = i; j < 3 * size; j += size) detailed.data[j] += weight * low[j];
+    for (let j = i; j < 3 * size; j += size) {
+      detailed.data[j] += weight * low[j];
+      detailed.data[j] += SMOOTH * (guide.data[j] - detailed.data[j]);
+    }
   }
   return detailed;
 }

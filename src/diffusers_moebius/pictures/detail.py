@@ -22,6 +22,8 @@ LARGE = 0.2
 STRANGE = 0.03
 # Weight of a filling that leads, of one that only says where to start, and of one that was enlarged.
 LED, UNLED, ENLARGED = 0.5, 0.02, 2.0
+# Share of the guide in the result: where patches are wrong it is less so, and so little of it is not seen.
+SMOOTH = 0.12
 
 
 class Settings(NamedTuple):
@@ -568,7 +570,7 @@ def _detail_hole(
     # The guide is right about low frequencies where it differs a little: patches drift. Large differences are things.
     low = _blur((guide - detailed)[inside] * hole[box], max(hole.shape) / 64)
     detailed[inside] += hole[box] * low * torch.exp(-low.square().sum(0) / (2 * 0.05**2))
-    return detailed
+    return torch.lerp(detailed, guide, SMOOTH)
 
 
 def _is_thick(hole: torch.Tensor) -> bool:

@@ -310,7 +310,7 @@ def detail_cases():
 
 
 def detail_constants():
-    names = ("RIM", "LARGE", "STRANGE", "LED", "UNLED", "ENLARGED")
+    names = ("RIM", "LARGE", "STRANGE", "LED", "UNLED", "ENLARGED", "SMOOTH")
     return {name: getattr(detail, name) for name in names}, camel(detail.Settings()._asdict())
 
 
