@@ -165,7 +165,7 @@ def dilate_mask(mask: np.ndarray, pixels: int) -> np.ndarray:
         return mask
     left, top, right, bottom = mask_box(mask, pixels)
     result = np.zeros_like(mask)
-    result[top:bottom, left:right] = grow(torch.from_numpy(mask[top:bottom, left:right]), pixels).numpy()
+    result[top:bottom, left:right] = grow(torch.from_numpy(mask[top:bottom, left:right].copy()), pixels).numpy()
     return result
 
 
