@@ -149,6 +149,7 @@ def main():
             while page.locator("#stop").is_visible() and time.monotonic() < until:
                 time.sleep(0.2)
                 processes.look()
+            is_done = page.locator("#stop").is_hidden()
             told = page.evaluate("told")
             kinds = {}
             for when, text in told:
@@ -157,9 +158,10 @@ def main():
                 print(f"   {times[0][0]:6.1f}–{times[-1][0]:.1f} s  {times[-1][1]}")
             peak, kind = max(processes.peaks.values())
             seconds = sum(processes.seconds.values()) - before
-            print(
-                f"run {number + 1}: {told[-1][0] - clock:.1f} s, {seconds:.1f} s of processors, {peak:.2f} GB ({kind})"
-            )
+            clock = f"{told[-1][0] - clock:.1f} s" if is_done else f"not done after {arguments.limit:.0f} s"
+            print(f"run {number + 1}: {clock}, {seconds:.1f} s of processors, {peak:.2f} GB ({kind})")
+            if not is_done:
+                break
             if page.locator("#edit").is_visible():
                 page.click("#edit")
         context.close()
