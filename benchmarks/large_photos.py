@@ -5,7 +5,7 @@
 
 Any model's structure is taken for right here: the filling is the true photo, reduced to the size at which a model of
 512 px works and enlarged again. An ellipse of 1,000×800 px in the middle of each photo is filled by it, as it is and
-with `detail="enlarged"`. Gradient energy is the mean squared difference of neighbouring pixels in the hole, in relation
+with `detail="enlarged"`. Gradient energy is the mean squared difference of neighbouring pixels in the hole, relative
 to that of the true photo there, and of the 100 px around; LPIPS and PSNR are those in the hole.
 """
 
