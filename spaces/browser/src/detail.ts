@@ -25,7 +25,7 @@ import { type Box, type Mask, type Planes, cropMask, cropPlanes, fillHole, halve
 export type DetailMode = 'patches' | 'enlarged' | null;
 
 /** The package's constants; the reasons for them are given there. */
-export const CONSTANTS = { RIM: 4, LARGE: 0.2, STRANGE: 0.03, LED: 0.5, UNLED: 0.02, ENLARGED: 2, SMOOTH: 0.05 };
+export const CONSTANTS = { RIM: 4, LARGE: 0.2, STRANGE: 0.03, LED: 0.5, UNLED: 0.02, ENLARGED: 2, SMOOTH: 0.08 };
 const { RIM, LARGE, STRANGE, LED, UNLED, ENLARGED, SMOOTH } = CONSTANTS;
 
 /**
@@ -96,12 +96,12 @@ async function detailHole(
   const detailed = await fillWithPatches(filled, hole, source, guide, lead, tools);
   // The guide is right about low frequencies where it differs a little: patches drift. Large differences are things.
   const difference = { ...filled, data: guide.data.map((value, i) => value - detailed.data[i]) };
-  const low = blur(difference, Math.max(hole.height, hole.width) / 100).data;
+  const low = blur(difference, Math.max(hole.height, hole.width) / 64).data;
   const size = hole.data.length;
   for (let i = 0; i < size; i++) {
     if (!hole.data[i]) continue;
     const [r, g, b] = [low[i], low[size + i], low[2 * size + i]];
-    const weight = Math.exp(-(r * r + g * g + b * b) / (2 * 0.07 ** 2));
+    const weight = Math.exp(-(r * r + g * g + b * b) / (2 * 0.05 ** 2));
     for (let j = i; j < 3 * size; j += size) {
       detailed.data[j] += weight * low[j];
       detailed.data[j] += SMOOTH * (guide.data[j] - detailed.data[j]);

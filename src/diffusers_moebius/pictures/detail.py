@@ -23,7 +23,7 @@ STRANGE = 0.03
 # Weight of a filling that leads, of one that only says where to start, and of one that was enlarged.
 LED, UNLED, ENLARGED = 0.5, 0.02, 2.0
 # Share of the guide in the result: where patches are wrong it is less so, and so little of it is not seen.
-SMOOTH = 0.05
+SMOOTH = 0.08
 
 
 class Settings(NamedTuple):
@@ -568,8 +568,8 @@ def _detail_hole(
     guide = filled if lead == LED else membrane(filled, hole)
     detailed = fill_with_patches(filled, hole, source, guide, lead, generator)
     # The guide is right about low frequencies where it differs a little: patches drift. Large differences are things.
-    low = _blur((guide - detailed)[inside] * hole[box], max(hole.shape) / 100)
-    detailed[inside] += hole[box] * low * torch.exp(-low.square().sum(0) / (2 * 0.07**2))
+    low = _blur((guide - detailed)[inside] * hole[box], max(hole.shape) / 64)
+    detailed[inside] += hole[box] * low * torch.exp(-low.square().sum(0) / (2 * 0.05**2))
     return torch.lerp(detailed, guide, SMOOTH)
 
 
