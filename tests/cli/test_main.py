@@ -1,5 +1,6 @@
 """What all commands share: help, version, errors of one line."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -95,3 +96,18 @@ def test_closed_pipe_ends_quietly():
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 130
+
+
+def test_garbage_is_collected_once_the_model_is_loaded_and_after_errors(moebius, folder, monkeypatch):
+    frozen, states = gc.get_freeze_count(), []
+    load, fill = MoebiusInpaintPipeline.from_pretrained.__func__, MoebiusInpaintPipeline.__call__
+
+    def record(function):
+        return lambda *args, **kwargs: states.append(gc.isenabled()) or function(*args, **kwargs)
+
+    monkeypatch.setattr(MoebiusInpaintPipeline, "from_pretrained", classmethod(record(load)))
+    monkeypatch.setattr(MoebiusInpaintPipeline, "__call__", record(fill))
+    assert moebius("inpaint", "photo.png", "mask.png", "-o", "out.png")[0] == 0
+    assert states == [False, True]
+    assert moebius("inpaint", "photo.png", "mask.png", "-o", "out2.png", "--model", "no/such/model")[0] == 2
+    assert gc.isenabled() and gc.get_freeze_count() == frozen

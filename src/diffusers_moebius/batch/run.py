@@ -4,7 +4,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,10 +15,11 @@ from .sinks import FileSink, ShardSink
 if TYPE_CHECKING:
     from ..pipelines.pipeline_moebius_inpaint import MoebiusInpaintPipeline
 
-# At least so many photos are read, and checked, before the model is loaded.
+# So many photos are read, and checked, before the model is loaded.
 READ_AHEAD = 4
 _THREADS = min(8, os.cpu_count() or 1)
-# No more photos are read ahead, and no more written at once, than so many pixels make up (but one of each).
+# No more photos are read, that at hand included, and no more written at once, than so many pixels make up (but one
+# ahead, and one of those).
 PIXELS_AT_ONCE = 2**25
 # At 512 px in float16, with room to spare; a batch that does not fit is done one by one.
 _BYTES_A_PHOTO = 3 * 2**30
@@ -143,14 +144,21 @@ def inpaint_items(
 def _read_ahead(
     items: Iterator[Item], read: Callable[[Item], Any], readers: Executor, window: int
 ) -> Iterator[tuple[Item, Future]]:
-    first = [(item, readers.submit(read, item)) for item in islice(items, window)]
-    wait([future for _, future in first])
+    first, pixels = [], 0
+    for item in islice(items, window):
+        future = readers.submit(read, item)
+        first.append((item, future))
+        if future.exception() is None:  # each may be about as large as the one before
+            photo = future.result()[0]
+            pixels += _pixels(photo)
+            if pixels + _pixels(photo) > PIXELS_AT_ONCE:
+                break
     reads = deque(sorted(first, key=lambda entry: entry[1].exception() is None))
     while reads:
         item, future = reads.popleft()
         ahead = window
-        if future.exception() is None:  # the next ones may be about as large
-            ahead = min(window, max(1, PIXELS_AT_ONCE // _pixels(future.result()[0])))
+        if future.exception() is None:
+            ahead = min(window, max(1, PIXELS_AT_ONCE // _pixels(future.result()[0]) - 1))
         reads.extend((each, readers.submit(read, each)) for each in islice(items, max(0, ahead - len(reads))))
         yield item, future
 

@@ -1,5 +1,6 @@
 """The `moebius` command: fills the marked part of photos, converts checkpoints and describes models."""
 
+import gc
 import logging
 import os
 import sys
@@ -65,8 +66,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module="diffusers_moebius")
             warnings.showwarning = lambda message, *_args, **_kwargs: note(f"warning: {one_line(message)}")
-            arguments = sys.argv[1:] if arguments is None else arguments
-            code = app(args=arguments or ["--help"], prog_name="moebius", standalone_mode=False) or 0
+            words = sys.argv[1:] if arguments is None else arguments
+            code = app(args=words or ["--help"], prog_name="moebius", standalone_mode=False) or 0
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit):
         # Nobody reads the output any more, for which Typer exits. What is left in the buffer would raise once more.
@@ -85,5 +86,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         note(f"error: {one_line(message)}")
         code = 2
     finally:
+        gc.enable()
+        if arguments is not None:  # the process goes on, else it ends sooner without a last search for garbage
+            gc.unfreeze()
         logging.disable(logging.NOTSET)
     sys.exit(code)
