@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # So many photos are read, and checked, before the model is loaded.
 READ_AHEAD = 4
 _THREADS = min(8, os.cpu_count() or 1)
-# No more photos are read, that at hand included, and no more written at once, than so many pixels make up (but one
-# ahead, and one of those).
+# Photos that are held in memory, read ahead with the one at hand or waiting to be written, have at most so many pixels
+# of each kind; but one is always read ahead, and one written.
 PIXELS_AT_ONCE = 2**25
 # At 512 px in float16, with room to spare; a batch that does not fit is done one by one.
 _BYTES_A_PHOTO = 3 * 2**30

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = 2
     finally:
         gc.enable()
-        if arguments is not None:  # the process goes on, else it ends sooner without a last search for garbage
+        if arguments is not None:  # the process goes on; else it ends sooner without a last collection
             gc.unfreeze()
         logging.disable(logging.NOTSET)
     sys.exit(code)

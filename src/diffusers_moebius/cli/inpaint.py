@@ -257,7 +257,7 @@ def inpaint(
     if is_bundled(model) and checkpoint is not None:
         raise ValueError(f"`--checkpoint` is for published repositories, but the model is {model!r}.")
     check_device(device)
-    # Until the model is loaded, nearly all is there to stay; searching it for garbage takes a third of a short run.
+    # Until the model is loaded nearly all objects stay; collecting garbage among them takes a third of a short run.
     gc.disable()
     adapters = [split_scale(value) for value in lora or []]
     source = find_photos(photo, mask, recursive)

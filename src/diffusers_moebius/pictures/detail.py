@@ -22,7 +22,7 @@ LARGE = 0.2
 STRANGE = 0.03
 # Weight of a filling that leads, of one that only says where to start, and of one that was enlarged.
 LED, UNLED, ENLARGED = 0.5, 0.02, 2.0
-# Share of the guide in the result: where patches are wrong it is less so, and so little of it is not seen.
+# Share of the guide in the result: it is less wrong where patches are wrong, and too little to be seen elsewhere.
 SMOOTH = 0.08
 
 
