@@ -144,22 +144,22 @@ def inpaint_items(
 def _read_ahead(
     items: Iterator[Item], read: Callable[[Item], Any], readers: Executor, window: int
 ) -> Iterator[tuple[Item, Future]]:
-    first, pixels = [], 0
+    def ahead(future: Future) -> int:
+        """How many may be read besides one, if they are about as large."""
+        if future.exception() is not None:
+            return window
+        return min(window, max(1, PIXELS_AT_ONCE // _pixels(future.result()[0]) - 1))
+
+    first = []
     for item in islice(items, window):
-        future = readers.submit(read, item)
-        first.append((item, future))
-        if future.exception() is None:  # each may be about as large as the one before
-            photo = future.result()[0]
-            pixels += _pixels(photo)
-            if pixels + _pixels(photo) > PIXELS_AT_ONCE:
-                break
+        first.append((item, readers.submit(read, item)))
+        if len(first) > ahead(first[-1][1]):
+            break
     reads = deque(sorted(first, key=lambda entry: entry[1].exception() is None))
     while reads:
         item, future = reads.popleft()
-        ahead = window
-        if future.exception() is None:
-            ahead = min(window, max(1, PIXELS_AT_ONCE // _pixels(future.result()[0]) - 1))
-        reads.extend((each, readers.submit(read, each)) for each in islice(items, max(0, ahead - len(reads))))
+        missing = max(0, ahead(future) - len(reads))
+        reads.extend((each, readers.submit(read, each)) for each in islice(items, missing))
         yield item, future
 
 
