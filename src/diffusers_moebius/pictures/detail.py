@@ -55,7 +55,7 @@ class Settings(NamedTuple):
     lead_sigma: float = 8.0
     thin: int = 5
     iterations: tuple[int, int] = (4, 8)
-    exact: int = 50_000_000
+    exact: int = 200_000_000
     search_pixels: int = 800_000
     mean: float = 0.1
     shift: float = 0.05
