@@ -1,6 +1,7 @@
 """Tiny real components that several tests build on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,39 @@ def selector_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "sam"
     Sam2Model(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The program."""
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium is installed (Debian: apt install chromium)")
+    return program
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """Chromium without a window, whose camera shows a test picture; it asks nothing of its makers."""
+    from playwright.sync_api import sync_playwright
+
+    arguments = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",
+    ]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
 
 
 def clip_parts(folder: Path) -> tuple:
