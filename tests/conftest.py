@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from hypothesis import settings
+from tiny_unet import TINY
 
 # Several workers share few cores, and the models here are too small to profit from more than one.
 torch.set_num_threads(1)
@@ -28,14 +29,7 @@ def tiny_unet():
     from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 
     torch.manual_seed(0)
-    return MoebiusUNet2DModel(
-        sample_size=16,
-        block_out_channels=(16, 32, 32),
-        num_attention_heads=4,
-        cross_attention_dim=16,
-        encoder_hid_dim=24,
-        norm_num_groups=8,
-    ).eval()
+    return MoebiusUNet2DModel(**TINY).eval()
 
 
 @pytest.fixture

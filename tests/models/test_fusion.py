@@ -2,8 +2,9 @@ import accelerate
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from numbers_of_models import TINY, random_inputs, randomize_statistics, relative_error
+from numbers_of_models import random_inputs, randomize_statistics, relative_error
 from peft import LoraConfig
+from tiny_unet import TINY
 from torch import nn
 
 from diffusers_moebius.models.fusion import (
