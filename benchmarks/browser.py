@@ -32,8 +32,6 @@ def serve(page: Path, model: Path | None, headers: dict[str, str]) -> str:
     """Serves the page with a model under `models/measured`; returns its address."""
 
     class Handler(SimpleHTTPRequestHandler):
-        extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}
-
         def translate_path(self, path):
             below = path.partition("?")[0].removeprefix("/models/measured/")
             return str(model / below) if model and below != path.partition("?")[0] else super().translate_path(path)
@@ -75,6 +73,7 @@ class Processes:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chromium", default=shutil.which("chromium"), help="its path (default: %(default)s)")
     parser.add_argument("--page", type=Path, default=PAGE, help="the built page")
     parser.add_argument("--model", type=Path, help="an exported folder, instead of the page's first model")
     parser.add_argument("--size", type=int, default=512, help="side of the photo in pixels (default: %(default)s)")
@@ -89,9 +88,6 @@ def main():
     parser.add_argument("--runs", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--limit", type=float, default=600, help="seconds of a run (default: %(default)s)")
     arguments = parser.parse_args()
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        parser.error("no Chromium is installed")
 
     size = arguments.size
     if arguments.photo:
@@ -114,7 +110,7 @@ def main():
         Image.fromarray(mask).save(f"{scratch}/mask.png")
         # With a profile on disk, as visitors have: an incognito window keeps the model in memory.
         context = playwright.chromium.launch_persistent_context(
-            f"{scratch}/profile", executable_path=chromium, args=flags, locale="en-US"
+            f"{scratch}/profile", executable_path=arguments.chromium, args=flags, locale="en-US"
         )
         page = context.new_page()
         page.on("console", lambda message: print("   console:", message.text))

@@ -33,15 +33,6 @@ PHONE = {
 MINUTE = 60_000  # ms
 
 
-class QuietHandler(SimpleHTTPRequestHandler):
-    """A web server that says nothing."""
-
-    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}
-
-    def log_message(self, *args):
-        pass
-
-
 def take_demo(visit, arguments) -> None:
     """The Gradio page."""
     url = launch_demo(arguments.model, host="127.0.0.1", prevent_thread_lock=True, quiet=True)[1]
@@ -60,7 +51,7 @@ def take_demo(visit, arguments) -> None:
 
 def take_browser(visit, arguments) -> None:
     """The static page."""
-    handler = functools.partial(QuietHandler, directory=SPACES / "browser" / "dist")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=SPACES / "browser" / "dist")
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     photo, mask = next(example for example in EXAMPLES if arguments.example in example.title).load()
@@ -91,6 +82,7 @@ def save(page, path: Path) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", choices=["demo", "browser"])
+    parser.add_argument("--chromium", default=shutil.which("chromium"), help="its path (default: %(default)s)")
     parser.add_argument("--model", help="of the demo: another than the bundled one, a repository or a folder")
     parser.add_argument("--example", default="The rocket", help="which example (default: %(default)s)")
     parser.add_argument("--seed", default="0", help="seed of the demo's filling (default: %(default)s)")
@@ -98,11 +90,8 @@ def main():
     arguments = parser.parse_args()
     take, folder = {"demo": (take_demo, SPACES), "browser": (take_browser, SPACES / "browser")}[arguments.page]
     arguments.output = arguments.output or folder / "screenshots"
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        parser.error("no Chromium is installed")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--headless", "--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=arguments.chromium, args=["--headless", "--no-sandbox"])
 
         def visit(url: str, height: int):
             for name, screen in {"desktop": {"viewport": {"width": 1280, "height": height}}, "phone": PHONE}.items():

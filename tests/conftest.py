@@ -1,12 +1,14 @@
 """Tiny real components that several tests build on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from hypothesis import settings
+from tiny_unet import TINY
 
 # Several workers share few cores, and the models here are too small to profit from more than one.
 torch.set_num_threads(1)
@@ -27,14 +29,7 @@ def tiny_unet():
     from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 
     torch.manual_seed(0)
-    return MoebiusUNet2DModel(
-        sample_size=16,
-        block_out_channels=(16, 32, 32),
-        num_attention_heads=4,
-        cross_attention_dim=16,
-        encoder_hid_dim=24,
-        norm_num_groups=8,
-    ).eval()
+    return MoebiusUNet2DModel(**TINY).eval()
 
 
 @pytest.fixture
@@ -109,6 +104,39 @@ def selector_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "sam"
     Sam2Model(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The program."""
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium is installed (Debian: apt install chromium)")
+    return program
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """Chromium without a window, whose camera shows a test picture; it asks nothing of its makers."""
+    from playwright.sync_api import sync_playwright
+
+    arguments = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",
+    ]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
 
 
 def clip_parts(folder: Path) -> tuple:

@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from lpips_weights import make_weights
 
 from diffusers_moebius.evaluation.lpips import LPIPS
 
@@ -27,11 +27,4 @@ def import_script():
 @pytest.fixture(scope="session")
 def lpips():
     """AlexNet's shape with few channels and random weights."""
-    generator = torch.Generator().manual_seed(0)
-    weights, channels = {}, 3
-    for i, (width, kernel) in enumerate([(4, 11), (5, 5), (6, 3), (4, 3), (3, 3)]):
-        weights[f"conv.{i}.weight"] = torch.randn(width, channels, kernel, kernel, generator=generator) / kernel
-        weights[f"conv.{i}.bias"] = torch.zeros(width)
-        weights[f"head.{i}"] = torch.rand(width, generator=generator)
-        channels = width
-    return LPIPS(weights).eval()
+    return LPIPS(make_weights("alex")).eval()

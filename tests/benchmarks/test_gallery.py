@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 
 @pytest.fixture(scope="module")
 def gallery(import_script):
@@ -57,34 +55,29 @@ def test_bad_input_is_named(gallery, results, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)")
-def test_the_page_in_a_browser(gallery, results, tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+def test_the_page_in_a_browser(browser, gallery, results, tmp_path):
     gallery.main([str(results), "--count", "1", "-o", str(tmp_path / "page.html")])
     shutil.rmtree(results / "pictures")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox"])
-        page = browser.new_page()
-        requests = []
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto((tmp_path / "page.html").as_uri())
-        assert [heading.inner_text() for heading in page.locator("h3").all()] == ["Best", "Median", "Worst"]
-        assert "<6>" in page.locator("figure").first.inner_text()
-        assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth === 60)")
-        assert not [url for url in requests if not url.startswith(("file:", "data:"))]
+    page = browser.new_page()
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((tmp_path / "page.html").as_uri())
+    assert [heading.inner_text() for heading in page.locator("h3").all()] == ["Best", "Median", "Worst"]
+    assert "<6>" in page.locator("figure").first.inner_text()
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth === 60)")
+    assert not [url for url in requests if not url.startswith(("file:", "data:"))]
 
-        def colour(x):  # of the first slider, at a share of its width
-            box = page.locator(".slider").first.bounding_box()
-            clip = {"x": box["x"] + x * box["width"], "y": box["y"] + 0.3 * box["height"], "width": 1, "height": 1}
-            picture = tmp_path / "pixel.png"
-            page.screenshot(path=picture, clip=clip)
-            return np.asarray(Image.open(picture).convert("L"))[0, 0]
+    def colour(x):  # of the first slider, at a share of its width
+        box = page.locator(".slider").first.bounding_box()
+        clip = {"x": box["x"] + x * box["width"], "y": box["y"] + 0.3 * box["height"], "width": 1, "height": 1}
+        picture = tmp_path / "pixel.png"
+        page.screenshot(path=picture, clip=clip)
+        return np.asarray(Image.open(picture).convert("L"))[0, 0]
 
-        assert abs(int(colour(0.25)) - 180) < 5 and abs(int(colour(0.75)) - 200) < 5
-        slider = page.get_by_role("slider").first
-        slider.focus()
-        page.keyboard.press("Home")
-        assert abs(int(colour(0.25)) - 200) < 5  # the photo alone
-        slider.fill("100")
-        assert abs(int(colour(0.75)) - 180) < 5
-        browser.close()
+    assert abs(int(colour(0.25)) - 180) < 5 and abs(int(colour(0.75)) - 200) < 5
+    slider = page.get_by_role("slider").first
+    slider.focus()
+    page.keyboard.press("Home")
+    assert abs(int(colour(0.25)) - 200) < 5  # the photo alone
+    slider.fill("100")
+    assert abs(int(colour(0.75)) - 180) < 5

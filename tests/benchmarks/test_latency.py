@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import subprocess
 import sys
@@ -21,11 +20,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def latency():
-    spec = importlib.util.spec_from_file_location("latency", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def latency(import_script):
+    return import_script("latency")
 
 
 def test_main_prints_tables_and_writes_json(latency, tmp_path, capsys, monkeypatch):

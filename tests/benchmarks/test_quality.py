@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lpips_weights import make_weights
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -51,16 +52,8 @@ def fid_weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lpips_weights(tmp_path_factory):
-    """AlexNet's shape with few channels and random weights."""
-    generator = torch.Generator().manual_seed(0)
-    weights, channels = {}, 3
-    for i, (width, kernel) in enumerate([(4, 11), (5, 5), (6, 3), (4, 3), (3, 3)]):
-        weights[f"conv.{i}.weight"] = torch.randn(width, channels, kernel, kernel, generator=generator) / kernel
-        weights[f"conv.{i}.bias"] = torch.zeros(width)
-        weights[f"head.{i}"] = torch.rand(width, generator=generator)
-        channels = width
     path = tmp_path_factory.mktemp("lpips") / "alex.safetensors"
-    save_file(weights, path)
+    save_file(make_weights("alex"), path)
     return path
 
 

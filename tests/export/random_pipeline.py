@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import DDIMScheduler
+from tiny_unet import TINY
 
 from diffusers_moebius import LatentCategoriesEmbedder, MoebiusInpaintPipeline, MoebiusUNet2DModel
 
@@ -9,18 +10,7 @@ from diffusers_moebius import LatentCategoriesEmbedder, MoebiusInpaintPipeline, 
 def make_pipeline(vae, **unet_settings):
     """A pipeline of random weights, native size 128 px, with BatchNorm statistics that do something."""
     torch.manual_seed(0)
-    unet = MoebiusUNet2DModel(
-        **{
-            "sample_size": 16,
-            "block_out_channels": (16, 32, 32),
-            "num_attention_heads": 4,
-            "cross_attention_dim": 16,
-            "encoder_hid_dim": 24,
-            "norm_num_groups": 8,
-            "local_window_size": 5,
-            **unet_settings,
-        }
-    ).eval()
+    unet = MoebiusUNet2DModel(**TINY | {"local_window_size": 5} | unet_settings).eval()
     for module in unet.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(std=0.1)

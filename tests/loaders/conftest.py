@@ -1,4 +1,4 @@
-"""A hub on loopback, and tiny pipelines in both layouts."""
+"""A hub on loopback, and tiny pipelines: in both layouts, and for adapters."""
 
 import huggingface_hub.constants
 import huggingface_hub.hf_api
@@ -8,6 +8,7 @@ from hub_server import HubServer
 
 from diffusers_moebius.loaders.release_checkpoint import UNET_PREFIX
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
+from diffusers_moebius.models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 
 
 @pytest.fixture
@@ -69,3 +70,36 @@ def release_hub(hub, release_state_dict, tiny_vae, tmp_path):
     tiny_vae.save_pretrained(tmp_path / "vae", safe_serialization=False)
     hub.add("hustvl/PixelHacker").add_folder(tmp_path / "vae", "vae/")
     return hub
+
+
+@pytest.fixture
+def pixelhacker_unet():
+    torch.manual_seed(0)
+    return PixelHackerUNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        num_attention_heads=4,
+        cross_attention_dim=16,
+        encoder_hid_dim=24,
+        norm_num_groups=8,
+    ).eval()
+
+
+@pytest.fixture(params=["moebius", "pixelhacker"])
+def pipe(request, tiny_pipeline):
+    if request.param == "pixelhacker":
+        tiny_pipeline.register_modules(unet=request.getfixturevalue("pixelhacker_unet"))
+    return tiny_pipeline
+
+
+@pytest.fixture
+def student(tiny_pipeline):
+    """The pipeline with BatchNorm statistics as they are after training: not 0 and 1."""
+    generator = torch.Generator().manual_seed(5)
+    for name, buffer in tiny_pipeline.unet.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1, generator=generator)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5, generator=generator)
+    return tiny_pipeline

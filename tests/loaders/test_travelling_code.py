@@ -22,7 +22,8 @@ def test_files_are_those_of_the_package_but_for_the_lines_of_imports(cls):
     files = travelling_files(cls.__module__)
     assert f"{cls.__module__.rpartition('.')[2]}.py" in files
     for name, text in files.items():
-        (original,) = [path for path in PACKAGE.rglob(name) if path.parent.name in ("models", "pictures", "pipelines")]
+        folders = (PACKAGE, PACKAGE / "models", PACKAGE / "pictures", PACKAGE / "pipelines")
+        (original,) = [path for path in PACKAGE.rglob(name) if path.parent in folders]
         ours, theirs = original.read_text(encoding="utf-8").splitlines(), text.splitlines()
         assert len(ours) == len(theirs)
         for before, after in zip(ours, theirs, strict=True):

@@ -1,19 +1,20 @@
 """What the tests of models share."""
 
 import torch
-
-TINY = {
-    "sample_size": 16,
-    "block_out_channels": (16, 32, 32),
-    "num_attention_heads": 4,
-    "cross_attention_dim": 16,
-    "encoder_hid_dim": 24,
-    "norm_num_groups": 8,
-}
+from safetensors.torch import load_file
 
 
 def relative_error(actual, expected):
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def load_release(model, folder, name):
+    """Loads the weights of the release's tiny model, and returns it with its inputs and outputs and their context."""
+    weights = load_file(folder / f"{name}_tiny.safetensors")
+    prefix = "diff_model."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    numbers = load_file(folder / "unet_io.safetensors")
+    return model, numbers, weights["embedding_layer.weight"][numbers["input.input_ids"]]
 
 
 def randomize_statistics(model):

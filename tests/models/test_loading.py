@@ -4,7 +4,8 @@ import accelerate
 import pytest
 import torch
 from diffusers.quantizers.quantization_config import QuantoConfig, SDNQConfig, TorchAoConfig
-from numbers_of_models import TINY, random_inputs, randomize_statistics, relative_error
+from numbers_of_models import random_inputs, randomize_statistics, relative_error
+from tiny_unet import TINY
 from torch import nn
 
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numbers_of_models import TINY, random_inputs, randomize_statistics, relative_error
-from safetensors.torch import load_file
+from numbers_of_models import load_release, random_inputs, randomize_statistics, relative_error
+from tiny_unet import TINY
 
 from diffusers_moebius.models.unet_2d_moebius import LocalLambdaProcessor, MoebiusUNet2DModel
 
@@ -13,13 +13,7 @@ from diffusers_moebius.models.unet_2d_moebius import LocalLambdaProcessor, Moebi
 @pytest.fixture(scope="module")
 def release(parity_dir):
     """The release's tiny student, and inputs and outputs of its U-Net."""
-    weights = load_file(parity_dir / "student_tiny.safetensors")
-    model = MoebiusUNet2DModel(**TINY).eval()
-    prefix = "diff_model."
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    numbers = load_file(parity_dir / "unet_io.safetensors")
-    context = weights["embedding_layer.weight"][numbers["input.input_ids"]]
-    return model, numbers, context
+    return load_release(MoebiusUNet2DModel(**TINY).eval(), parity_dir, "student")
 
 
 @pytest.mark.parametrize("algorithm", ["reference", "fast"])

@@ -4,9 +4,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from numbers_of_models import relative_error
+from numbers_of_models import load_release, relative_error
 from PIL import Image
-from safetensors.torch import load_file
 
 from diffusers_moebius.models.linear_attention import (
     ChunkedGatedLinearAttentionProcessor,
@@ -35,13 +34,7 @@ def set_attention(model, processor):
 @pytest.fixture
 def release(parity_dir):
     """The release's tiny teacher, and inputs and outputs of its U-Net."""
-    weights = load_file(parity_dir / "teacher_tiny.safetensors")
-    model = PixelHackerUNet2DModel(**TINY).eval()
-    prefix = "diff_model."
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    numbers = load_file(parity_dir / "unet_io.safetensors")
-    context = weights["embedding_layer.weight"][numbers["input.input_ids"]]
-    return model, numbers, context
+    return load_release(PixelHackerUNet2DModel(**TINY).eval(), parity_dir, "teacher")
 
 
 def run(model, numbers, context, dtype=torch.float32):

@@ -238,6 +238,14 @@ def test_unusable_files_are_refused_by_name(tmp_path, name):
     assert name in str(caught.value)
 
 
+def test_size_is_checked_before_the_pixels_are_read(tmp_path):
+    (tmp_path / "large.png").write_bytes(make_png(2000, 1000))  # has none
+    with pytest.raises(ValueError, match=r"large.png .* it has 2 megapixels, and at most 1.5 are allowed"):
+        read_image(tmp_path / "large.png", max_megapixels=1.5)
+    with pytest.raises(ValueError, match="truncated"):
+        read_image(tmp_path / "large.png", max_megapixels=2)
+
+
 def test_large_photos_below_the_limit_give_no_warning(tmp_path, monkeypatch, recwarn):
     smooth_picture().save(tmp_path / "in.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 32 - 1)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_unet import TINY
 
 gradio = pytest.importorskip("gradio", reason="the extra `demo` is not installed")
 
@@ -37,14 +38,7 @@ def pipeline_folder(tmp_path_factory, parity_dir) -> Path:
     folder = tmp_path_factory.mktemp("models") / "secret-place" / "tiny"
     MoebiusInpaintPipeline(
         vae=AutoencoderKL.from_pretrained(parity_dir / "vae_tiny"),
-        unet=MoebiusUNet2DModel(
-            sample_size=16,
-            block_out_channels=(16, 32, 32),
-            num_attention_heads=4,
-            cross_attention_dim=16,
-            encoder_hid_dim=24,
-            norm_num_groups=8,
-        ),
+        unet=MoebiusUNet2DModel(**TINY),
         lcg_embedder=LatentCategoriesEmbedder(num_embeddings=20, embedding_dim=24),
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
     ).save_pretrained(folder)

@@ -42,7 +42,7 @@ def test_a_truncated_picture_is_refused_without_its_path(photo, tmp_path):
 
 def test_limits(photo, monkeypatch):
     monkeypatch.setattr(photos, "MAX_MEGAPIXELS", 0.05)
-    with pytest.raises(VisitorError, match="megapixels"):
+    with pytest.raises(VisitorError, match=r"it has 0.06 megapixels, and at most 0.05 are allowed"):
         open_photo(photo)
 
 

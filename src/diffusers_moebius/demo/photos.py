@@ -1,7 +1,6 @@
 """Visitors' photos: opening uploads within limits, the view that is painted on, and pictures as data URLs."""
 
 import base64
-import contextlib
 import functools
 import io
 from dataclasses import dataclass
@@ -13,11 +12,6 @@ from PIL import Image
 
 from ..pictures.files import ImageMetadata, read_image, write_image
 from ..pictures.picture import load_pictures
-
-with contextlib.suppress(ImportError):  # not on every machine; its files are then named as what they are
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener()
 
 MAX_FILE_MEGABYTES = 50  # which gradio sees to
 MAX_MEGAPIXELS = 50
@@ -69,21 +63,10 @@ def open_photo(path: str | Path, name: str | None = None) -> Photo:
         VisitorError: If it is no picture, or larger than the demo takes.
     """
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except Exception:  # Decoders raise anything on broken headers.
-        raise VisitorError(
-            "This file is not a picture that can be read here. JPEG, PNG, WebP, TIFF and HEIC, of phones, work, up to "
-            f"{MAX_MEGAPIXELS} megapixels."
-        ) from None
-    if width * height > MAX_MEGAPIXELS * 1e6:
-        raise VisitorError(
-            f"The picture has {width * height / 1e6:.0f} megapixels; up to {MAX_MEGAPIXELS} are possible here."
-        )
-    try:
-        image, metadata = read_image(path)
+        image, metadata = read_image(path, "This file", MAX_MEGAPIXELS)
     except ValueError as error:
-        raise VisitorError(str(error).replace(str(path), "The file")) from None
+        kinds = f"JPEG, PNG, WebP, TIFF and HEIC, of phones, work, up to {MAX_MEGAPIXELS} megapixels."
+        raise VisitorError(f"{str(error).rstrip('.')}. {kinds}") from None
     stem = "".join(c if c.isalnum() or c in "-_ " else "_" for c in Path(name or path).stem)
     return Photo(image, metadata, stem[:80].strip() or "photo")
 

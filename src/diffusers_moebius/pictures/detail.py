@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..models.fusion import linear
+from ..linear import linear
 from .mask import grow, mask_box
 from .paste import match_edges, membrane
 from .region import Region, fill_hole

@@ -81,7 +81,9 @@ def picture_suffixes() -> set[str]:
     return {*Image.registered_extensions(), *_HEIF_SUFFIXES}
 
 
-def read_image(file: str | os.PathLike | bytes, name: str | None = None) -> tuple[Image.Image, ImageMetadata]:
+def read_image(
+    file: str | os.PathLike | bytes, name: str | None = None, max_megapixels: float | None = None
+) -> tuple[Image.Image, ImageMetadata]:
     """
     Reads a picture file, turned upright by its EXIF orientation, in a mode that can take any new pixels.
 
@@ -93,12 +95,14 @@ def read_image(file: str | os.PathLike | bytes, name: str | None = None) -> tupl
             the package pillow-heif. Of a photo with auxiliary pictures (MPO and HEIC, which phones write) the photo
             itself is read.
         name (`str`, *optional*): What errors call the file; its path by default.
+        max_megapixels (`float`, *optional*): A larger picture is refused before its pixels are read.
 
     Returns:
         `tuple[PIL.Image.Image, ImageMetadata]`: The picture, and what [`write_image`] needs to keep its metadata.
 
     Raises:
-        ValueError: If the file is no picture, is broken, animated, or has more pixels than Pillow deems safe.
+        ValueError: If the file is no picture, is broken, animated, or has more pixels than Pillow deems safe or
+            `max_megapixels` allow.
     """
     name = name or ("the picture" if isinstance(file, bytes) else str(file))
     with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as source:
@@ -110,6 +114,9 @@ def read_image(file: str | os.PathLike | bytes, name: str | None = None) -> tupl
                 # Pillow warns from half of the size on that it refuses; photos of 100 megapixels are ordinary ones.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 image = Image.open(source)
+            megapixels = image.width * image.height / 1e6
+            if max_megapixels is not None and megapixels > max_megapixels:
+                raise ValueError(f"it has {megapixels:.3g} megapixels, and at most {max_megapixels} are allowed")
             frames = getattr(image, "n_frames", 1)
             is_reduced = image.mode == "RGB" and ";16" in str(image.tile)
             image.load()

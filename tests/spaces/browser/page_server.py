@@ -24,8 +24,6 @@ class PageServer:
         server = self
 
         class Handler(SimpleHTTPRequestHandler):
-            extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}
-
             def __init__(self, *args):
                 super().__init__(*args, directory=str(folder))
 
