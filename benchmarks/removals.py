@@ -12,7 +12,7 @@ half-hidden cup).
 With `--data`, a folder or a tar file of photos, things are cut from some and pasted onto others, with a soft edge and
 a shadow, and are removed again with masks as hands draw them: shaky, a few pixels too large, and without the shadow.
 The scores count over the drawn mask and 24 px around it, where the photo without the thing is the truth. Each row
-names by how many pixels the mask grew before the method got it.
+names by how many pixels the mask grew before the method got it; the command line lets it grow over rims alone.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from diffusers_moebius import MoebiusInpaintPipeline
 from diffusers_moebius.evaluation.lpips import ALEXNET, LPIPS
 from diffusers_moebius.evaluation.methods import Method, make_method
-from diffusers_moebius.pictures.mask import dilate_mask, mask_box, removal_dilation
+from diffusers_moebius.pictures.mask import dilate_mask, grow_over_rims, mask_box
 
 # Photo of skimage.data, and an ellipse (left, top, right, bottom) or a polygon of what is to go.
 CASES = (
@@ -102,9 +102,7 @@ def score_removals(args: argparse.Namespace) -> None:
         for net in map(LPIPS.from_pretrained, args.lpips_weights)
     }
     ours = Path(args.model).name
-    methods: dict[tuple[str, int], Method] = {
-        (ours, removal_dilation(SIDE, SIDE)): make_method(args.model, padding_mask_crop=64)
-    }
+    methods: dict[tuple[str, int | None], Method] = {(ours, None): make_method(args.model, padding_mask_crop=64)}
     plain = make_method(args.model, padding_mask_crop=64, detail=None)
     methods |= {(f"{ours} without detail", pixels): plain for pixels in (0, 4, 8, 12)}
     methods |= {(name, pixels): make_method(name) for name in args.methods for pixels in (4, 8)}
@@ -116,7 +114,7 @@ def score_removals(args: argparse.Namespace) -> None:
         left, top, right, bottom = mask_box(counts, 64)  # what lies farther out has hardly any influence
         part = slice(top, bottom), slice(left, right)
         for (name, pixels), method in methods.items():
-            mask = dilate_mask(drawn, pixels)
+            mask = grow_over_rims(drawn, Image.fromarray(picture)) if pixels is None else dilate_mask(drawn, pixels)
             result = np.where(mask[..., None], method(picture, mask, samples.names[index], args.seed + index), picture)
             row = [
                 lpips_in_hole_and_picture(net, result[part], photo[part], counts[part])[0] for net in networks.values()
@@ -126,7 +124,8 @@ def score_removals(args: argparse.Namespace) -> None:
     print("|---|" + "---:|" * (len(networks) + 1))
     for (name, pixels), rows in scores.items():
         *distances, noise = np.mean(rows, 0)
-        print(f"| {name}, {pixels} px | {' | '.join(f'{value:.3f}' for value in distances)} | {noise:.2f} |")
+        growth = "over rims" if pixels is None else f"{pixels} px"
+        print(f"| {name}, {growth} | {' | '.join(f'{value:.3f}' for value in distances)} | {noise:.2f} |")
 
 
 def draw_sheet(args: argparse.Namespace) -> None:
@@ -141,9 +140,8 @@ def draw_sheet(args: argparse.Namespace) -> None:
         (draw.polygon if isinstance(shape[0], tuple) else draw.ellipse)(shape, fill=255)
         result = pipe(
             image=photo,
-            mask_image=mask,
+            mask_image=grow_over_rims(np.asarray(mask) > 0, photo),
             padding_mask_crop=64,
-            mask_dilation=removal_dilation(*photo.size),
             generator=torch.Generator().manual_seed(args.seed),
         ).images[0]
         marked = np.asarray(photo).copy()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from photo_files import HOLE, contents, mask_image, photo_image
+from PIL import Image
 
 from diffusers_moebius import loaders
 from diffusers_moebius.batch.photo import Item, MaskOptions, fill_photos, prepare_pipeline, read_photo
@@ -18,12 +19,13 @@ def item(mask=None, photo=None, key="a.png"):
     return Item(key, contents(photo or photo_image()), [contents(mask or mask_image())])
 
 
-@pytest.mark.parametrize(
-    "size, dilation, grown", [((512, 600), None, 4), ((1024, 768), None, 6), ((48, 40), None, 0), ((48, 40), 3, 3)]
-)
-def test_masks_grow(size, dilation, grown):
-    photo = read_photo(item(mask_image(size), photo_image(size=size)), MaskOptions(dilation=dilation))
-    expected = np.zeros(size[::-1], bool)
+@pytest.mark.parametrize("dilation, left, grown", [(None, 4, 4), (None, 1, 2), (None, 0, 0), (3, 0, 3), (0, 4, 0)])
+def test_masks_grow(dilation, left, grown):
+    """By default over what is left of an object."""
+    image = Image.new("RGB", (512, 600), "green")
+    image.paste("red", (HOLE[0] - left, HOLE[1] - left, HOLE[2] + left, HOLE[3] + left))
+    photo = read_photo(item(mask_image(image.size), image), MaskOptions(dilation=dilation))
+    expected = np.zeros((600, 512), bool)
     expected[HOLE[1] - grown : HOLE[3] + grown, HOLE[0] - grown : HOLE[2] + grown] = True
     assert np.array_equal(photo.mask, expected)
     assert photo.remarks == []

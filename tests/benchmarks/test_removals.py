@@ -46,7 +46,7 @@ def test_table(removals, tmp_path, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["2 things, mask grown by", "LPIPS-Alex ↓", "PSNR ↑"]
     scores = {name: float(noise) for name, _, noise in rows[2:]}
-    assert next(iter(scores)) == "nano, 4 px" and "mean, 8 px" in scores
+    assert next(iter(scores)) == "nano, over rims" and "mean, 8 px" in scores
     assert scores["telea, 8 px"] > scores["mean, 8 px"]
 
 

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from random_pictures import noise_image
 
-from diffusers_moebius.pictures.mask import dilate_mask, fit_mask, load_masks, read_mask
+from diffusers_moebius.pictures.mask import dilate_mask, fit_mask, grow_over_rims, load_masks, read_mask
 from diffusers_moebius.pictures.picture import load_pictures
 
 
@@ -20,6 +20,74 @@ class TestDilateMask:
         for row, column in np.argwhere(mask):
             expected[max(row - pixels, 0) : row + pixels + 1, max(column - pixels, 0) : column + pixels + 1] = True
         np.testing.assert_array_equal(dilate_mask(mask, pixels), expected)
+
+
+class TestGrowOverRims:
+    def photo(self, size=512):
+        """Grass of a kind: rough, and lighter here than there."""
+        generator = np.random.default_rng(0)
+        light = Image.fromarray(generator.integers(60, 180, (9, 9), dtype=np.uint8)).resize((size, size))
+        return np.asarray(light)[..., None] * np.array([0.6, 1, 0.4]) + generator.normal(0, 8, (size, size, 3))
+
+    def hole(self, size=512):
+        mask = np.zeros((size, size), bool)
+        mask[3 * size // 8 : size // 2, size // 4 : 3 * size // 8] = True
+        return mask
+
+    def grow(self, mask, photo):
+        return grow_over_rims(mask, Image.fromarray(photo.round().clip(0, 255).astype(np.uint8)))
+
+    @pytest.mark.parametrize(
+        "size, left, grown", [(512, 2, 2), (512, 5, 6), (512, 9, 8), (512, 30, 0), (1536, 11, 12), (128, 2, 2)]
+    )
+    def test_what_is_left_of_an_object_is_covered(self, size, left, grown):
+        photo, mask = self.photo(size), self.hole(size)
+        photo[dilate_mask(mask, left)] += [120, 0, 120]
+        np.testing.assert_array_equal(self.grow(mask, photo), dilate_mask(mask, grown))
+
+    def test_a_shadow_is_covered(self):
+        photo, mask = self.photo(), self.hole()
+        photo[dilate_mask(mask, 6)] *= 0.4
+        np.testing.assert_array_equal(self.grow(mask, photo), dilate_mask(mask, 6))
+
+    @pytest.mark.parametrize("size", [40, 128, 512, 1536])
+    def test_a_hole_in_something_else_stays(self, size):
+        mask = self.hole(size)
+        for photo in (
+            self.photo(size),
+            np.full((size, size, 3), 120),
+            np.random.default_rng(0).random((size,) * 2 + (3,)) * 255,
+        ):
+            np.testing.assert_array_equal(self.grow(mask, photo), mask)
+
+    def test_only_the_stretch_where_something_is_left_grows(self):
+        photo, mask = self.photo(), np.zeros((512, 512), bool)
+        mask[200:216, 50:450] = True
+        photo[194:200, 60:90] = 255
+        grown = self.grow(mask, photo)
+        assert grown[194:200, 60:90].all() and not (grown & ~mask)[:, 200:].any()
+
+    def test_what_is_in_the_mask_is_not_looked_at(self):
+        photo, mask = self.photo(), self.hole()
+        mask[300:400, 300:420] = True
+        photo[dilate_mask(mask, 4)] = 255
+        expected = self.grow(mask, photo)
+        photo[mask] = np.random.default_rng(1).integers(0, 256, (mask.sum(), 3))
+        np.testing.assert_array_equal(self.grow(mask, photo), expected)
+        assert (expected & ~mask).any()
+
+    def test_masks_without_anything_around_them_stay(self):
+        for mask in (np.zeros((64, 64), bool), np.ones((64, 64), bool), ~self.hole(64)):
+            np.testing.assert_array_equal(self.grow(mask, self.photo(64)), mask)
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16"])
+    def test_photos_of_every_kind(self, mode):
+        photo, mask = self.photo(), self.hole()
+        photo[dilate_mask(mask, 4)] = 255
+        picture = Image.fromarray(photo.round().clip(0, 255).astype(np.uint8)).convert("L" if mode == "I;16" else mode)
+        if mode == "I;16":
+            picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+        np.testing.assert_array_equal(grow_over_rims(mask, picture), dilate_mask(mask, 4))
 
 
 class TestLoadMasks:

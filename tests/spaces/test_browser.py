@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_moebius.pictures.mask import dilate_mask
+from diffusers_moebius.pictures.mask import grow_over_rims
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -130,7 +130,7 @@ def test_strokes_are_filled_in_place_and_the_rest_is_exact(visit, photo, tmp_pat
     visitor.upload(photo)
     visitor.paint()
     visitor.told("Marked")
-    mask = dilate_mask(visitor.marked(), 2)  # by which masks grow on a photo of 200 px
+    mask = grow_over_rims(visitor.marked(), Image.open(photo))
     visitor.set_steps(6)
     visitor.run()
     path = visitor.download(tmp_path)
@@ -146,12 +146,13 @@ def test_strokes_are_filled_in_place_and_the_rest_is_exact(visit, photo, tmp_pat
     visitor.page.get_by_label("JPEG, smaller").check()
     assert Image.open(visitor.download(tmp_path)).format == "JPEG"
     visitor.page.get_by_role("radio", name="The mask").check()
-    assert (dilate_mask(np.asarray(Image.open(visitor.download(tmp_path))) > 0, 2) == mask).all()
+    marked = np.asarray(Image.open(visitor.download(tmp_path))) > 0
+    assert (grow_over_rims(marked, Image.open(photo)) == mask).all()
     visitor.page.get_by_label("PNG, exact").check()
 
     # The next thing is painted right there.
     visitor.drag((0.1, 0.1), (0.2, 0.1))
-    second_mask = dilate_mask(visitor.marked(), 2)
+    second_mask = grow_over_rims(visitor.marked(), Image.open(path))
     visitor.run()
     second = visitor.download(tmp_path / "second")
     difference = changed(photo, second)
@@ -397,7 +398,7 @@ def test_by_keyboard_alone(visit, photo, tmp_path):
     visitor.told("Marked")
     mask = visitor.marked()
     assert mask[101, 151] and not mask[99, 149]
-    mask = dilate_mask(mask, 2)
+    mask = grow_over_rims(mask, Image.open(photo))
     go_to("Remove")
     keyboard.press("Enter")
     visitor.told("Done")

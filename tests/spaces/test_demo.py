@@ -413,9 +413,10 @@ def test_a_port_in_use_is_named(demo_url):
         launch_demo(host="127.0.0.1", port=int(demo_url.rstrip("/").rpartition(":")[2]), quiet=True)
 
 
-def test_by_default_the_mask_grows_with_the_photo(demo, session, hole):
+def test_by_default_the_mask_grows_over_what_is_left_of_an_object(demo, session, hole):
+    session.version(1).photo.image.paste("white", (128, 78, 192, 122))
     _, (result,) = list(run(demo, session, hole, edge_margin=None))[-1]
-    assert session.version(result).settings.edge_margin == 2  # of 200 pixels
+    assert "--mask-dilation" not in session.version(result).settings.command("photo")
     before, after = (np.asarray(version.photo.image) for version in session.versions.values())
     rows = np.flatnonzero((before != after).any(axis=(1, 2)))
     assert (rows.min(), rows.max()) == (78, 121)

@@ -54,8 +54,8 @@ class MaskOptions(NamedTuple):
         source (`str`, defaults to `"auto"`): As in [`read_mask`].
         invert (`bool`, defaults to `False`): As in [`read_mask`].
         resize (`bool`, defaults to `False`): Stretches masks of another aspect ratio than their photo's.
-        dilation (`int`, *optional*): Pixels by which masks grow; by default 4 for a photo with a short side of 512
-            pixels, and in proportion for others.
+        dilation (`int`, *optional*): Pixels by which masks grow; by default they grow where something is left of an
+            object beside them ([`grow_over_rims`]).
     """
 
     threshold: float = 0.5
@@ -104,24 +104,20 @@ def read_photo(item: Item, options: MaskOptions) -> Photo:
     image, metadata = read_image(_contents(item.photo), item.name)
     mask_image, _ = read_image(_contents(item.masks[0]), item.mask_name)
 
-    from ..pictures.mask import (  # brings torch, which files that are none can do without
-        dilate_mask,
-        fit_mask,
-        read_mask,
-        removal_dilation,
-    )
+    # They bring torch, which files that are none can do without.
+    from ..pictures.mask import dilate_mask, fit_mask, grow_over_rims, read_mask
 
     try:
         mask, remarks = read_mask(mask_image, options.threshold, options.source, options.invert)
         mask = fit_mask(mask, image.height, image.width, stretch=options.resize)
+        # Masks leave out rims and shadows more often than not.
+        grown = grow_over_rims(mask, image) if options.dilation is None else dilate_mask(mask, options.dilation)
     except ValueError as error:
         raise ValueError(f"{item.mask_name} with {item.name}: {error}") from error
     remarks = [f"{item.mask_name}: {remark}" for remark in remarks]
     if not mask.any():
         remarks.append(f"{item.mask_name}: nothing is filled, so {item.name} stays as it is")
-    # Masks leave out rims and shadows more often than not.
-    pixels = removal_dilation(*image.size) if options.dilation is None else options.dilation
-    return Photo(item, image, dilate_mask(mask, pixels), metadata, remarks)
+    return Photo(item, image, grown, metadata, remarks)
 
 
 def _contents(source: Path | bytes | str) -> Path | bytes:

@@ -46,7 +46,8 @@ def batch(
     fast: Annotated[bool, typer.Option("--fast", help="As in `moebius inpaint`.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of each photo.")] = 0,
     mask_dilation: Annotated[
-        int | None, typer.Option(min=0, help="Grow masks by so many pixels.", show_default="4 at 512 px")
+        int | None,
+        typer.Option(min=0, help="Grow masks by so many pixels.", show_default="up to 8 at 512 px, over rims"),
     ] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="Look into a folder's folders.")] = False,
 ) -> None:

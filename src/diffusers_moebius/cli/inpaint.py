@@ -168,8 +168,8 @@ def inpaint(
         int | None,
         typer.Option(
             min=0,
-            help="Grow the mask by this many pixels, over rims and shadows; 0 leaves it as it is.",
-            show_default="4 at 512 pixels, in proportion to the photo's short side",
+            help="Grow the mask by this many pixels; 0 leaves it as it is.",
+            show_default="up to 8 at 512 pixels, where the rim or shadow of an object is seen beside it",
         ),
     ] = None,
     resize_mask: Annotated[

@@ -66,7 +66,7 @@ def add_api(demo: Demo) -> None:
             gr.Number(None, label="steps (none: the model's own)"),
             gr.Number(None, label="guidance (none: the model's own)"),
             gr.Number(0, label="seed"),
-            gr.Number(None, label="edge margin in pixels (none: by the photo's size)"),
+            gr.Number(None, label="edge margin in pixels (none: over what is left of an object)"),
             gr.Number(DEFAULT_CONTEXT, label="surroundings (percent of the mask)"),
             gr.Checkbox(False, label="match colours"),
             gr.Textbox("PNG", label="file format (PNG or JPEG)"),

@@ -13,7 +13,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ..pictures.mask import dilate_mask, fit_mask, mask_box, removal_dilation
+from ..pictures.mask import dilate_mask, fit_mask, grow_over_rims, mask_box
 from .examples import EXAMPLES
 from .inpainting import Settings, Step, generate, set_shelf
 from .models import ModelShelf, on_zero_gpu
@@ -142,7 +142,8 @@ class Demo:
             steps, guidance (`float` or `str`, *optional*): Denoising steps and guidance scale; by default the model's.
             seed (`float`, defaults to 0): Seed of the first candidate; those of the others follow it.
             count (`float`, defaults to 1): Candidates.
-            edge_margin (`float` or `str`, *optional*): Pixels by which the mask grows; by default by the photo's size.
+            edge_margin (`float` or `str`, *optional*): Pixels by which the mask grows; by default over what is
+                left of an object beside it.
             context (`float`, defaults to 50): Surroundings that the model sees, in percent of the mask's longer side.
             color_compensation (`bool`, defaults to `False`): Match the filling's colours to those around it.
             detail (`str`, defaults to `"auto"`): One of the values of `DETAILS`.
@@ -157,13 +158,11 @@ class Demo:
         steps, guidance = number("steps", steps, 1, MAX_STEPS), number("guidance", guidance, 0, 20, whole=False)
         count, seed = number("candidates", count, 1, MAX_CANDIDATES) or 1, number("seed", seed, 0, 2**32 - 1) or 0
         edge_margin = number("edge margin", edge_margin, 0, 200)
-        if edge_margin is None:
-            edge_margin = removal_dilation(*photo.image.size)
         percent = number("surroundings", context, 0, 400)
         if not mask.any():
             raise VisitorError("Nothing is marked yet. Paint over what should go, or click on it.")
         mask = fit_mask(mask, photo.image.height, photo.image.width, stretch=True)
-        grown = dilate_mask(mask, edge_margin)
+        grown = grow_over_rims(mask, photo.image) if edge_margin is None else dilate_mask(mask, edge_margin)
         stop_flag = session.stop_flag
         if stop_flag.exists():  # while it waited
             return

@@ -42,7 +42,7 @@ class Settings:
         steps (`int`): Denoising steps.
         guidance (`float`, *optional*): Guidance scale; `None` is the model's own.
         seed (`int`): Seed.
-        edge_margin (`int`): Pixels by which the mask has grown.
+        edge_margin (`int`, *optional*): Pixels by which the mask has grown; `None` is by [`grow_over_rims`].
         context (`int`): Pixels around the mask that the model sees.
         color_compensation (`bool`): Match the filling's colours to those around it.
         detail (`str`): Texture from the photo: `"auto"`, `"patches"`, `"enlarged"` or `"none"`.
@@ -52,7 +52,7 @@ class Settings:
     steps: int
     guidance: float | None
     seed: int
-    edge_margin: int
+    edge_margin: int | None
     context: int
     color_compensation: bool
     detail: str = "auto"

@@ -139,7 +139,7 @@ class Page:
                 "count": gr.Slider(1, MAX_CANDIDATES, value=1, step=1, label="Candidates to choose from"),
             }
         with gr.Row():
-            text["placeholder"] = "4 for each 512 pixels of the photo"
+            text["placeholder"] = "over what is left of an object"
             options |= {
                 "edge_margin": gr.Textbox(label="Edge margin (0 to 200 pixels)", **text),
                 "context": gr.Slider(0, 400, DEFAULT_CONTEXT, step=5, label="Surroundings seen (% of the mask)"),

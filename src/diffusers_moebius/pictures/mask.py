@@ -1,5 +1,8 @@
 """Masks: boolean arrays `[H, W]` in which `True` means fill."""
 
+import math
+from itertools import pairwise, product
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,11 @@ MASK_SOURCES = ("auto", "alpha", "transparent", "luminance")
 # Shares of a photo from which on a mask is remarked upon: pixels of middle grey, and pixels to be filled.
 GREY_SHARE = 0.05
 LARGE_SHARE = 0.6
+# What is left of an object beside its mask, in rings of 2 px around it where the photo's shorter side has 512: how
+# many rings it may take; how much farther its colours are from those around it than elsewhere; for how long a stretch
+# of the mask it is decided; how many rings farther out a ring is compared with, and with how many; and the rings whose
+# difference is taken for usual.
+RINGS, FOREIGN, STRETCH, GAP, REACH, USUAL = 4, 1.5, 64, 2.5, 16, (6, 8, 10)
 
 
 def load_masks(
@@ -184,9 +192,64 @@ def grow(mask: torch.Tensor, pixels: int) -> torch.Tensor:
     return mask
 
 
-def removal_dilation(width: int, height: int) -> int:
-    """By how many pixels the mask of an object to remove grows: 4 where the shorter side has 512, in proportion."""
-    return round(4 * min(width, height) / 512)
+def grow_over_rims(mask: np.ndarray, image: Image.Image) -> np.ndarray:
+    """
+    Grows a mask as long as the colours just outside are foreign, as those of an object's rim or shadow are.
+
+    They are foreign if they are farther from the nearest ones a little farther out than is usual around this stretch
+    of the mask. What is in the mask is not looked at.
+
+    Args:
+        mask (`np.ndarray` of shape `[H, W]`): Boolean mask.
+        image (`PIL.Image.Image`): The photo, of the mask's size.
+
+    Returns:
+        `np.ndarray` of shape `[H, W]`: The mask. Each stretch has grown by 0, 2, 4, 6 or 8 px where the photo's
+        shorter side has 512, in proportion for others, and by 0 to 4 px for those below 256.
+    """
+    if not mask.any():
+        return mask
+    side = min(image.size)
+    width, step = max(1, side / 256), max(1, side // 512)  # of a ring; large photos are looked at in steps
+    margin = round((max(USUAL) + 1 + GAP + REACH) * width)
+    left, top, right, bottom = mask_box(mask)
+    rows, columns = (
+        np.linspace(start, stop, 1 + max(1, round((stop - start) / (STRETCH * width)))).astype(int).tolist()
+        for start, stop in ((top, bottom), (left, right))
+    )
+    grown = mask.copy()
+    for (top, bottom), (left, right) in product(pairwise(rows), pairwise(columns)):
+        x, y = max(left - margin, 0), max(top - margin, 0)
+        part = slice(y, bottom + margin), slice(x, right + margin)
+        own = np.zeros_like(mask[part])
+        own[top - y : bottom - y, left - x : right - x] = mask[top:bottom, left:right]
+        if own.any():
+            photo = read_picture(image.crop((x, y, x + own.shape[1], y + own.shape[0])), "image")
+            colours = torch.from_numpy(photo.rgb()[::step, ::step]).float()
+            rings = _count_foreign(colours, _reduce(own, step), _reduce(mask[part], step), width / step)
+            grown[part] |= grow(torch.from_numpy(own), round(rings * width)).numpy()
+    return grown
+
+
+def _count_foreign(colours: torch.Tensor, hole: torch.Tensor, unknown: torch.Tensor, width: float) -> int:
+    """How many rings around a hole are foreign, of a width in pixels of `colours` `[H, W, 3]`."""
+
+    def ring(start: float, stop: float, count: int) -> torch.Tensor:
+        found = colours[grow(hole, round(stop * width)) & ~grow(hole, round(start * width)) & ~unknown]
+        return found[:: -(-len(found) // count) or 1]
+
+    def difference(start: float) -> float:
+        beside, farther = ring(start, start + 1, 512), ring(start + 1 + GAP, start + 1 + GAP + REACH, 2048)
+        return torch.cdist(beside, farther).amin(1).mean().item() if len(farther) else math.nan
+
+    usual = np.mean([difference(start) for start in USUAL]) + 0.001  # a quarter of a grey level
+    # Where there is nothing to compare with, no number is greater.
+    return next((rings for rings in range(RINGS) if not difference(rings) > FOREIGN * usual), RINGS)
+
+
+def _reduce(mask: np.ndarray, step: int) -> torch.Tensor:
+    rows, columns = (range(0, length, step) for length in mask.shape)
+    return torch.from_numpy(np.logical_or.reduceat(np.logical_or.reduceat(mask, rows, 0), columns, 1))
 
 
 def mask_box(mask: np.ndarray, margin: int = 0) -> tuple[int, int, int, int]:

@@ -510,10 +510,9 @@ export function createEditor(root, { onNote, onSelect }) {
       const region = planeOf(picture);
       edit((alpha) => alpha.map((value, i) => (region[i] ? (erase ? 0 : 255) : value)));
     },
-    // What the fields of the page say: pixels of the photo, or nothing for what goes with its size, and percent.
+    // What the fields of the page say: pixels of the photo, or nothing, and percent. Rims are found later.
     setMargins(grow, percent, least) {
-      const bySize = (4 * Math.min(width, height)) / scale / 512;
-      margins = { grow: grow.trim() ? Math.min(Number(grow) || 0, 200) : bySize, percent, least };
+      margins = { grow: Math.min(Number(grow) || 0, 200), percent, least };
       drawGrown();
     },
     get marked() {
