@@ -117,6 +117,21 @@ def test_what_was_enlarged_becomes_sharp():
     assert (low[0] - low[1]).abs().mean() < 0.05
 
 
+def test_a_glow_whose_colours_stand_nowhere_else_stays_smooth():
+    """Grass of every brightness lies around it, but a place that is smooth when reduced gets none of it."""
+    rows, columns = np.mgrid[:192, :192]
+    glow = 0.5 * np.exp(-((rows - 96) ** 2 + (columns - 96) ** 2) / (2 * 50**2))
+    grass = np.random.default_rng(0).normal(0, 0.1, glow.shape) * (np.abs(rows - 96) > 60)
+    photo = np.stack([0.25 + glow, 0.25 + glow, 0.2 + glow / 2], 2) + grass[..., None]
+    photo = photo.clip(0, 1).astype(np.float32)
+    mask = box_mask((192, 192), 50, 50, 142, 142)
+    tensor = torch.from_numpy(photo).permute(2, 0, 1)[None]
+    blurred = resize(resize(tensor, 48, 48), 192, 192)[0].permute(1, 2, 0).numpy()
+    result = add_detail(blurred, region(photo, mask, scale=4), "enlarged", seeded())
+    energies = [np.square(np.diff(picture, axis=1))[mask[:, 1:]].mean() for picture in (result, photo)]
+    assert energies[0] < 1.15 * energies[1]
+
+
 @pytest.mark.parametrize(("detail", "scale"), [(None, 4), ("enlarged", 1), ("enlarged", 0.5)])
 def test_without_need_the_filling_stays(detail, scale):
     photo, mask = stripes(), box_mask((96, 128), 50, 30, 80, 60)

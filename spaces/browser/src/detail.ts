@@ -5,6 +5,7 @@
 
 import { dilateMask, invert, matchEdges, membrane } from './paste';
 import {
+  ENLARGED,
   type Multiply,
   SETTINGS,
   type Tools,
@@ -20,13 +21,26 @@ import {
   without,
 } from './patches';
 import { TorchGenerator } from './random';
-import { type Box, type Mask, type Planes, cropMask, cropPlanes, fillHole, halve, maskBox, readBox } from './region';
+import {
+  type Box,
+  type Mask,
+  type Planes,
+  cropMask,
+  cropPlanes,
+  fillHole,
+  halve,
+  maskBox,
+  planes,
+  readBox,
+  resize,
+  roundHalfEven,
+} from './region';
 
 export type DetailMode = 'patches' | 'enlarged' | null;
 
 /** The package's constants; the reasons for them are given there. */
-export const CONSTANTS = { RIM: 4, LARGE: 0.2, STRANGE: 0.03, LED: 0.5, UNLED: 0.02, ENLARGED: 2, SMOOTH: 0.08 };
-const { RIM, LARGE, STRANGE, LED, UNLED, ENLARGED, SMOOTH } = CONSTANTS;
+export const CONSTANTS = { RIM: 4, LARGE: 0.2, STRANGE: 0.03, LED: 0.5, UNLED: 0.02, SMOOTH: 0.08 };
+const { RIM, LARGE, STRANGE, LED, UNLED, SMOOTH } = CONSTANTS;
 
 /**
  * How well what is known around a hole is rebuilt when it is held out, a ring of 6 px at a size of 128 px: mean squared
@@ -71,6 +85,55 @@ async function chooseLead(image: Planes, hole: Mask, source: Mask, tools: Tools)
   return isLarge && Math.min(patchError, smoothError) > 0.005 ? LED : UNLED;
 }
 
+/** Standard deviation of the values at which a mask, repeated for each channel, is 0. */
+function deviation(values: Float32Array, mask: Uint8Array): number {
+  let [number, sum, squares] = [0, 0, 0];
+  for (let i = 0; i < values.length; i++) {
+    if (mask[i % mask.length]) continue;
+    number++;
+    sum += values[i];
+    squares += values[i] ** 2;
+  }
+  return Math.sqrt(Math.max(squares - sum ** 2 / number, 0) / (number - 1));
+}
+
+/** Adds what enlarging took away, copied from where the photo, reduced and enlarged, looks like the filling. */
+async function sharpen(filled: Planes, hole: Mask, source: Mask, enlargement: number, tools: Tools): Promise<Planes> {
+  const { height, width } = hole;
+  const area = height * width;
+  const [rows, columns] = [height, width].map((length) => Math.max(1, roundHalfEven(length / enlargement)));
+  const soft = resize(resize(filled, rows, columns), height, width);
+  for (let i = 0; i < 3 * area; i++) if (hole.data[i % area]) soft.data[i] = filled.data[i];
+  const low = blur(soft, enlargement).data;
+  const band = soft.data.map((value, i) => value - low[i]);
+  const squares = planes(1, height, width);
+  for (let i = 0; i < 3 * area; i++) squares.data[i % area] += band[i] ** 2 / 3;
+  const contrast = blur(squares, 1.5 * enlargement).data.map((value) => (value + 0.03 ** 2) ** 0.25);
+  let missing: Planes = { ...filled, data: filled.data.map((value, i) => (value - soft.data[i]) / contrast[i % area]) };
+  const step = Math.max(1, roundHalfEven(0.7 * enlargement));
+  const lead = planes(30, height, width); // of nine places around each, and the colours
+  let at = 0;
+  for (const down of [-step, 0, step])
+    for (const right of [-step, 0, step])
+      for (let channel = 0; channel < 3; channel++)
+        for (let y = 0; y < height; y++) {
+          const row = Math.min(Math.max(y + down, 0), height - 1) * width;
+          for (let x = 0; x < width; x++) {
+            const place = row + Math.min(Math.max(x + right, 0), width - 1);
+            lead.data[at++] = band[channel * area + place] / contrast[place];
+          }
+        }
+  const bands = lead.data.subarray(0, at);
+  const spread = Math.max(deviation(bands, new Uint8Array(1)), 1e-6);
+  const weight = (Math.sqrt(3) * deviation(missing.data, hole.data)) / spread;
+  for (let i = 0; i < at; i++) bands[i] *= weight;
+  lead.data.set(soft.data, at);
+  missing = await fillWithPatches(missing, hole, source, missing, lead, tools, ENLARGED, true);
+  for (let i = 0; i < 3 * area; i++)
+    missing.data[i] = hole.data[i % area] ? (1 - SMOOTH) * contrast[i % area] * missing.data[i] : 0;
+  return { ...filled, data: filled.data.map((value, i) => value + missing.data[i]) };
+}
+
 /** One hole of a filled picture; without `enlargement` it is decided how much the filling leads. */
 async function detailHole(
   filled: Planes,
@@ -83,13 +146,7 @@ async function detailHole(
     (mask) => count(shrink(mask, SETTINGS.radius)) >= 64,
   );
   if (source === undefined) return filled; // the hole is all but the whole picture
-  if (enlargement !== null) {
-    const settings = { ...SETTINGS, leadSigma: enlargement / 2 };
-    const detailed = await fillWithPatches(filled, hole, source, filled, ENLARGED, tools, settings, true);
-    const missing = { ...filled, data: filled.data.map((value, i) => value - detailed.data[i]) }; // nothing outside
-    const soft = blur(missing, enlargement / 2);
-    return { ...filled, data: detailed.data.map((value, i) => value + soft.data[i]) };
-  }
+  if (enlargement !== null) return sharpen(filled, hole, source, enlargement, tools);
   const lead = await chooseLead(filled, hole, source, { ...tools, onWork: undefined });
   if (lead === null) return filled;
   const guide = lead === LED ? filled : membrane(filled, hole);

@@ -22,6 +22,15 @@ export const SETTINGS = {
   spread: 13,
 };
 export type Settings = typeof SETTINGS;
+/** Those for what enlarging takes away. */
+export const ENLARGED: Settings = {
+  ...SETTINGS,
+  texture: 0,
+  position: [0.1, 0.1],
+  iterations: [4, 6],
+  mean: 1,
+  shift: 0,
+};
 
 /** The product of two matrices, `[rows, inner]` times `[inner, columns]`. */
 export type Multiply = (
@@ -188,7 +197,7 @@ class Scale {
   private readonly distance: Float32Array;
   private readonly shift: Float32Array; // of the mean colours, three for each query
   private readonly trust: Float32Array;
-  /** Weights of mean colours, of the guide's colours, and of the position, down and across. */
+  /** Weights of mean colours, of the guide, and of the position, down and across. */
   private readonly weights: [number, number, number, number];
   private basis = new Float32Array();
   private columns = new Uint8Array();
@@ -256,7 +265,7 @@ class Scale {
       for (let i = 0; i < inner; i++) this.basis[i * components + j] = vectors[j * inner + i];
 
     // The features that vary most come first: by these two patches mostly turn out not to be alike.
-    const size = 4 * Math.ceil((components + 8) / 4); // of what `features` tells, and zeros
+    const size = 4 * Math.ceil((components + 5 + this.guide.channels) / 4); // of what `features` tells, and zeros
     this.columns = new Uint8Array(size).map((_, i) => i);
     const spreads = variances(await this.features(this.image, sample, this.columns), size);
     [...this.columns].sort((i, j) => spreads[j] - spreads[i]).forEach((feature, i) => (this.columns[feature] = i));
@@ -302,6 +311,7 @@ class Scale {
     const { components, radius } = this.settings;
     const [size, area] = [columns.length, this.height * this.width];
     const one = new Float32Array(size);
+    const { guide } = this;
     const [mean, color, down, across] = this.weights;
     const padded = interleave(image, radius);
     const result = new Float32Array(pixels.length * size);
@@ -314,9 +324,9 @@ class Scale {
         const at = (start + i) * size;
         for (let j = 0; j < 3; j++) one[j] = mean * this.meanOf(patches, i * shape.inner, j);
         for (let j = 0; j < components; j++) one[3 + j] = products[i * components + j];
-        for (let j = 0; j < 3; j++) one[components + 3 + j] = color * this.guide.data[j * area + part[i]];
-        one[components + 6] = down * Math.floor(part[i] / this.width);
-        one[components + 7] = across * (part[i] % this.width);
+        for (let j = 0; j < guide.channels; j++) one[components + 5 + j] = color * guide.data[j * area + part[i]];
+        one[components + 3] = down * Math.floor(part[i] / this.width);
+        one[components + 4] = across * (part[i] % this.width);
         for (let j = 0; j < size; j++) result[at + columns[j]] = one[j];
       }
     }
@@ -538,7 +548,8 @@ function isDivisible(hole: Mask, source: Mask, { thin, searchPixels, radius }: S
  * @param image colours in [0, 1]; what is in the hole is not looked at
  * @param source the pixels that may be copied; at least one whole patch
  * @param guide a filling to start from
- * @param lead weight of the guide's low frequencies against the patches' own colours
+ * @param lead weight of the guide's low frequencies against the patches' own colours, or what is to be matched instead
+ *   of them, already weighted
  * @param copy whether the result is copied pixel by pixel instead of averaged
  */
 export async function fillWithPatches(
@@ -546,15 +557,18 @@ export async function fillWithPatches(
   hole: Mask,
   source: Mask,
   guide: Planes,
-  lead: number,
+  lead: number | Planes,
   tools: Tools,
   settings: Settings = SETTINGS,
   copy = false,
 ): Promise<Planes> {
   const size = hole.data.length;
   guide = { ...guide, data: guide.data.map((value, i) => (hole.data[i % size] ? value : image.data[i])) };
-  const low = blur(guide, settings.leadSigma);
-  for (let i = 0; i < low.data.length; i++) low.data[i] *= Math.sqrt(lead);
+  let low = lead as Planes;
+  if (typeof lead === 'number') {
+    low = blur(guide, settings.leadSigma);
+    for (let i = 0; i < low.data.length; i++) low.data[i] *= Math.sqrt(lead);
+  }
   const rough = roughness(image, invert(hole));
   const withRough = planes(5, hole.height, hole.width);
   withRough.data.set(image.data);

@@ -6,7 +6,7 @@ import { CONSTANTS, addDetail, heldOutErrors } from '../src/detail';
 import { topEigenvectors } from '../src/eigen';
 import { guide, isGuided } from '../src/guidance';
 import { dilateMask, featherInwards, invert, matchEdges, pasteFill } from '../src/paste';
-import { type Multiply, SETTINGS, blur, fillWithPatches, roughness } from '../src/patches';
+import { ENLARGED, type Multiply, SETTINGS, blur, fillWithPatches, roughness } from '../src/patches';
 import { type ModelConfig, useFewSteps } from '../src/pipeline';
 import { NoiseSource, TorchGenerator } from '../src/random';
 import {
@@ -232,7 +232,7 @@ function expectAlike(given: ArrayLike<number>, expected: NumberArray, few = 0.01
 
 describe('texture', () => {
   test('the constants are those of the package', () => {
-    expect([CONSTANTS, SETTINGS]).toEqual(cases.detailConstants);
+    expect([CONSTANTS, SETTINGS, ENLARGED]).toEqual(cases.detailConstants);
   });
 
   for (const one of cases.patches)

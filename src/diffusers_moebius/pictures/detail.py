@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ..linear import linear
 from .mask import grow, mask_box
 from .paste import match_edges, membrane
-from .region import Region, fill_hole
+from .region import Region, fill_hole, resize
 
 DETAIL_MODES = ("patches", "enlarged", None)
 # Patches keep so many pixels away from a hole: what is left of an object beside its mask is not to be copied.
@@ -20,8 +20,8 @@ LARGE = 0.2
 # Mean squared error of a held-out ring above which patches are of no use. On twelve removals, those that nobody would
 # keep (a shuttle, a cup, a face) had 0.031 to 0.075, all others at most 0.023.
 STRANGE = 0.03
-# Weight of a filling that leads, of one that only says where to start, and of one that was enlarged.
-LED, UNLED, ENLARGED = 0.5, 0.02, 2.0
+# Weight of a filling that leads, and of one that only says where to start.
+LED, UNLED = 0.5, 0.02
 # Share of the guide in the result: it is less wrong where patches are wrong, and too little to be seen elsewhere.
 SMOOTH = 0.08
 
@@ -61,6 +61,10 @@ class Settings(NamedTuple):
     shift: float = 0.05
     gamma: float = 3.0
     spread: float = 13.0
+
+
+# Of what enlarging takes away: there are no colours to correct, and where a thing lies hardly matters.
+ENLARGED = Settings(texture=0.0, position=(0.1, 0.1), iterations=(4, 6), mean=1.0, shift=0.0)
 
 
 def _shrink(mask: torch.Tensor, pixels: int) -> torch.Tensor:
@@ -118,7 +122,7 @@ class _Scale:
         image (`torch.Tensor` of shape `[C, H, W]`): Colours and roughness; what is in the hole is not looked at.
         hole (`torch.Tensor` of shape `[H, W]`): Boolean.
         source (`torch.Tensor` of shape `[H, W]`): Pixels that may be copied.
-        guide (`torch.Tensor` of shape `[3, H, W]`): Low frequencies that are to be matched, already weighted.
+        guide (`torch.Tensor` of shape `[K, H, W]`): What else is to be matched in its place, already weighted.
     """
 
     def __init__(self, image, hole, source, guide, settings, generator):
@@ -333,7 +337,7 @@ def fill_with_patches(
     hole: torch.Tensor,
     source: torch.Tensor,
     guide: torch.Tensor,
-    lead: float = UNLED,
+    lead: float | torch.Tensor = UNLED,
     generator: torch.Generator | None = None,
     settings: Settings = Settings(),
     copy: bool = False,
@@ -346,7 +350,8 @@ def fill_with_patches(
         hole (`torch.Tensor` of shape `[H, W]`): Boolean, `True` is filled.
         source (`torch.Tensor` of shape `[H, W]`): Boolean, the pixels that may be copied; at least one whole patch.
         guide (`torch.Tensor` of shape `[3, H, W]`): A filling to start from.
-        lead (`float`, defaults to 0.02): Weight of the guide's low frequencies against the patches' own colours.
+        lead (`float` or `torch.Tensor` of shape `[K, H, W]`, defaults to 0.02): Weight of the guide's low frequencies
+            against the patches' own colours, or what is to be matched instead of them, already weighted.
         generator (`torch.Generator`, *optional*): Source of the random search, on the CPU.
         settings (`Settings`): How patches are compared and put together.
         copy (`bool`, defaults to `False`): Whether the result is copied pixel by pixel instead of averaged.
@@ -355,7 +360,7 @@ def fill_with_patches(
         `torch.Tensor` of shape `[3, H, W]`, equal to `image` outside the hole.
     """
     guide = torch.where(hole, guide, image)
-    low = _blur(guide, settings.lead_sigma)
+    low = lead if torch.is_tensor(lead) else math.sqrt(lead) * _blur(guide, settings.lead_sigma)
     rough = settings.texture * _roughness(image, ~hole)
     levels = [(torch.cat([image, rough]), hole, source, guide, low)]
     while _is_divisible(*levels[-1][1:3], settings):
@@ -370,7 +375,7 @@ def fill_with_patches(
         coarse = scale
         # Coarse scales decide what stands where, so that their colours are taken as they are.
         local = settings if level < 2 else settings._replace(mean=1.0, shift=0.0)
-        scale = _Scale(image_, hole_, source_, math.sqrt(lead) * low_, local, generator)
+        scale = _Scale(image_, hole_, source_, low_, local, generator)
         estimate = None
         if coarse is None:
             estimate = fill_hole(scale.image[None], hole_[None, None].float())[0]
@@ -555,13 +560,10 @@ def _detail_hole(
     source = next((s for s in (~grow(unknown, RIM), ~unknown) if _shrink(s, Settings().radius).sum() >= 64), None)
     if source is None:  # the hole is all but the whole picture
         return filled
+    if enlargement is not None:
+        return _sharpen(filled, hole, source, enlargement, generator)
     box = _box(hole, 1)
     inside = (slice(None), *box)  # where differences are; around it they are 0
-    if enlargement is not None:
-        settings = Settings(lead_sigma=enlargement / 2)
-        detailed = fill_with_patches(filled, hole, source, filled, ENLARGED, generator, settings, copy=True)
-        detailed[inside] += _blur((filled - detailed)[inside] * hole[box], enlargement / 2)
-        return detailed
     lead = choose_lead(filled, hole, source, generator)
     if lead is None:
         return filled
@@ -571,6 +573,31 @@ def _detail_hole(
     low = _blur((guide - detailed)[inside] * hole[box], max(hole.shape) / 64)
     detailed[inside] += hole[box] * low * torch.exp(-low.square().sum(0) / (2 * 0.05**2))
     return torch.lerp(detailed, guide, SMOOTH)
+
+
+def _sharpen(
+    filled: torch.Tensor, hole: torch.Tensor, source: torch.Tensor, enlargement: float, generator: torch.Generator
+) -> torch.Tensor:
+    """
+    Adds what enlarging took away, copied from where the photo, reduced and enlarged as well, looks like the filling.
+
+    Freeman et al., "Example-Based Super-Resolution", 2002, with the photo itself as the example. What is copied grows
+    with the root of the contrast of what it is copied to: between as it is, and in proportion.
+    """
+    height, width = hole.shape
+    small = resize(filled[None], *(max(1, round(length / enlargement)) for length in hole.shape))
+    soft = torch.where(hole, filled, resize(small, height, width)[0])
+    band = soft - _blur(soft, enlargement)
+    contrast = (_blur(band.square().mean(0, keepdim=True), 1.5 * enlargement) + 0.03**2) ** 0.25
+    missing, band = (filled - soft) / contrast, band / contrast
+    step = max(1, round(0.7 * enlargement))
+    band = F.pad(band[None], (step,) * 4, mode="replicate")[0]
+    steps = (0, step, 2 * step)
+    band = torch.cat([band[:, y : y + height, x : x + width] for y in steps for x in steps])
+    band *= math.sqrt(3) * missing[:, ~hole].std() / band.std().clamp(min=1e-6)
+    lead = torch.cat([band, soft])
+    missing = fill_with_patches(missing, hole, source, missing, lead, generator, ENLARGED, copy=True)
+    return torch.where(hole, filled + (1 - SMOOTH) * contrast * missing, filled)
 
 
 def _is_thick(hole: torch.Tensor) -> bool:
