@@ -110,25 +110,14 @@ async function sharpen(filled: Planes, hole: Mask, source: Mask, enlargement: nu
   for (let i = 0; i < 3 * area; i++) squares.data[i % area] += band[i] ** 2 / 3;
   const contrast = blur(squares, 1.5 * enlargement).data.map((value) => (value + 0.03 ** 2) ** 0.25);
   let missing: Planes = { ...filled, data: filled.data.map((value, i) => (value - soft.data[i]) / contrast[i % area]) };
-  const step = Math.max(1, roundHalfEven(0.7 * enlargement));
-  const lead = planes(30, height, width); // of nine places around each, and the colours
-  let at = 0;
-  for (const down of [-step, 0, step])
-    for (const right of [-step, 0, step])
-      for (let channel = 0; channel < 3; channel++)
-        for (let y = 0; y < height; y++) {
-          const row = Math.min(Math.max(y + down, 0), height - 1) * width;
-          for (let x = 0; x < width; x++) {
-            const place = row + Math.min(Math.max(x + right, 0), width - 1);
-            lead.data[at++] = band[channel * area + place] / contrast[place];
-          }
-        }
-  const bands = lead.data.subarray(0, at);
-  const spread = Math.max(deviation(bands, new Uint8Array(1)), 1e-6);
+  const lead = planes(6, height, width); // the band, and the colours
+  lead.data.set(band.map((value, i) => value / contrast[i % area]));
+  const spread = Math.max(deviation(lead.data.subarray(0, 3 * area), new Uint8Array(1)), 1e-6);
   const weight = (Math.sqrt(3) * deviation(missing.data, hole.data)) / spread;
-  for (let i = 0; i < at; i++) bands[i] *= weight;
-  lead.data.set(soft.data, at);
-  missing = await fillWithPatches(missing, hole, source, missing, lead, tools, ENLARGED, true);
+  for (let i = 0; i < 3 * area; i++) lead.data[i] *= weight;
+  lead.data.set(soft.data, 3 * area);
+  const settings = { ...ENLARGED, around: 0.7 * enlargement };
+  missing = await fillWithPatches(missing, hole, source, missing, lead, tools, settings, true);
   for (let i = 0; i < 3 * area; i++)
     missing.data[i] = hole.data[i % area] ? (1 - SMOOTH) * contrast[i % area] * missing.data[i] : 0;
   return { ...filled, data: filled.data.map((value, i) => value + missing.data[i]) };

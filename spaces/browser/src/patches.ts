@@ -20,6 +20,7 @@ export const SETTINGS = {
   shift: 0.05,
   gamma: 3,
   spread: 13,
+  around: 0,
 };
 export type Settings = typeof SETTINGS;
 /** Those for what enlarging takes away. */
@@ -184,6 +185,24 @@ function interleave({ data, channels, height, width }: Planes, border: number): 
   return result;
 }
 
+/** The first three channels at nine places around each pixel, and the others. */
+function lookAround(image: Planes, step: number): Planes {
+  const { height, width } = image;
+  const area = height * width;
+  const result = planes(24 + image.channels, height, width);
+  let at = 0;
+  for (const down of [-step, 0, step])
+    for (const right of [-step, 0, step])
+      for (let channel = 0; channel < 3; channel++)
+        for (let y = 0; y < height; y++) {
+          const row = channel * area + Math.min(Math.max(y + down, 0), height - 1) * width;
+          for (let x = 0; x < width; x++)
+            result.data[at++] = image.data[row + Math.min(Math.max(x + right, 0), width - 1)];
+        }
+  result.data.set(image.data.subarray(3 * area), at);
+  return result;
+}
+
 /** One scale of the pyramid: where the hole's patches are copied from. */
 class Scale {
   readonly image: Planes;
@@ -209,7 +228,7 @@ class Scale {
     image: Planes,
     readonly hole: Mask,
     source: Mask,
-    private readonly guide: Planes,
+    private guide: Planes,
     private readonly settings: Settings,
     private readonly tools: Tools,
   ) {
@@ -243,7 +262,8 @@ class Scale {
 
   /** Finds the principal components of the patches, and the features of those that may be copied. */
   async prepare(): Promise<void> {
-    const { radius, components } = this.settings;
+    const { radius, components, around } = this.settings;
+    if (around) this.guide = lookAround(this.guide, Math.max(1, roundHalfEven(around)));
     const inner = this.image.channels * (2 * radius + 1) ** 2;
     const sample = this.randomSources(4096);
     const patches = this.readPatches(interleave(this.image, radius), sample);
@@ -596,7 +616,7 @@ export async function fillWithPatches(
     const one = levels[level];
     const coarse: Scale | null = scale;
     // Coarse scales decide what stands where, so that their colours are taken as they are.
-    const local = level < 2 ? settings : { ...settings, mean: 1, shift: 0 };
+    const local = { ...settings, around: settings.around / 2 ** level, ...(level < 2 ? {} : { mean: 1, shift: 0 }) };
     scale = new Scale(one.image, one.hole, one.source, one.low, local, tools);
     let estimate: Planes | null = null;
     if (coarse === null) {

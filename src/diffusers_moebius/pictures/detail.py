@@ -44,6 +44,8 @@ class Settings(NamedTuple):
         mean (`float`): Weight of the patches' mean colours, which may be corrected, against their other components.
         shift (`float`): By how much a patch's mean colour is corrected at most, at the two finest scales.
         gamma (`float`): By how much a patch counts less for each pixel that it lies farther inside the hole.
+        around (`float`): Of how far around a pixel, at full size, the guide's first three channels are compared as
+            well, in eight directions; 0 compares them at the pixel alone.
         spread (`float`): In voting a patch counts `exp(-distance / spread)`, in units of the upper quartile of all
             distances.
     """
@@ -61,6 +63,7 @@ class Settings(NamedTuple):
     shift: float = 0.05
     gamma: float = 3.0
     spread: float = 13.0
+    around: float = 0.0
 
 
 # Of what enlarging takes away: there are no colours to correct, and where a thing lies hardly matters.
@@ -179,7 +182,13 @@ class _Scale:
             side * self.contrast * weight * torch.arange(length, device=self.hole.device) / max(shape)
             for weight, length in zip(self.settings.position, shape)
         ]
-        self.extra = torch.cat([side * self.guide, torch.stack(torch.meshgrid(position, indexing="ij"))])
+        guide = self.guide
+        if self.settings.around:
+            step = max(1, round(self.settings.around))
+            padded = F.pad(guide[None, :3], (step,) * 4, mode="replicate")[0]
+            steps = [slice(start, start - 2 * step or None) for start in (0, step, 2 * step)]
+            guide = torch.cat([*(padded[:, rows, columns] for rows in steps for columns in steps), guide[3:]])
+        self.extra = torch.cat([side * guide, torch.stack(torch.meshgrid(position, indexing="ij"))])
         self.extra = self.extra.permute(1, 2, 0)
         self.source_features = self.features(self.image, (slice(0, self.height), slice(0, self.width)))
         self.first_source_features = self.source_features[:, :8].contiguous()
@@ -374,7 +383,8 @@ def fill_with_patches(
     for level, (image_, hole_, source_, guide_, low_) in reversed(list(enumerate(levels))):
         coarse = scale
         # Coarse scales decide what stands where, so that their colours are taken as they are.
-        local = settings if level < 2 else settings._replace(mean=1.0, shift=0.0)
+        local = settings._replace(around=settings.around / 2**level)
+        local = local if level < 2 else local._replace(mean=1.0, shift=0.0)
         scale = _Scale(image_, hole_, source_, low_, local, generator)
         estimate = None
         if coarse is None:
@@ -590,13 +600,9 @@ def _sharpen(
     band = soft - _blur(soft, enlargement)
     contrast = (_blur(band.square().mean(0, keepdim=True), 1.5 * enlargement) + 0.03**2) ** 0.25
     missing, band = (filled - soft) / contrast, band / contrast
-    step = max(1, round(0.7 * enlargement))
-    band = F.pad(band[None], (step,) * 4, mode="replicate")[0]
-    steps = (0, step, 2 * step)
-    band = torch.cat([band[:, y : y + height, x : x + width] for y in steps for x in steps])
     band *= math.sqrt(3) * missing[:, ~hole].std() / band.std().clamp(min=1e-6)
-    lead = torch.cat([band, soft])
-    missing = fill_with_patches(missing, hole, source, missing, lead, generator, ENLARGED, copy=True)
+    lead, settings = torch.cat([band, soft]), ENLARGED._replace(around=0.7 * enlargement)
+    missing = fill_with_patches(missing, hole, source, missing, lead, generator, settings, copy=True)
     return torch.where(hole, filled + (1 - SMOOTH) * contrast * missing, filled)
 
 

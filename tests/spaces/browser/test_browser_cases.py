@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from browser_noise import browser_noise
+from page_settings import EXACT
 from PIL import Image
 
 from diffusers_moebius.pictures import detail
@@ -311,8 +312,7 @@ def detail_cases():
 
 def detail_constants():
     names = ("RIM", "LARGE", "STRANGE", "LED", "UNLED", "SMOOTH")
-    # The page compares all pairs of fewer patches, since it takes longer there.
-    settings = (camel(each._replace(exact=50_000_000)._asdict()) for each in (detail.Settings(), detail.ENLARGED))
+    settings = (camel(each._replace(exact=EXACT)._asdict()) for each in (detail.Settings(), detail.ENLARGED))
     return {name: getattr(detail, name) for name in names}, *settings
 
 

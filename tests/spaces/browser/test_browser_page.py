@@ -1,15 +1,19 @@
 """The static page in a real Chromium, without a network."""
 
 import json
+from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from browser_noise import browser_noise
 from page_server import PageServer
+from page_settings import EXACT
 from PIL import Image, ImageOps
 
 from diffusers_moebius.export import load_onnx_pipeline
+from diffusers_moebius.pictures import detail
 from diffusers_moebius.pictures.region import find_regions
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -111,7 +115,9 @@ def fill_in_python(folder, photo, mask, seed=0, margin=64):
     latents = latents + np.float32(0.0357) * browser_noise(seed, channels, count).reshape(1, channels, 1, 1)
     options = {"padding_mask_crop": margin, "latents": torch.from_numpy(latents)}
     options["generator"] = torch.Generator().manual_seed(seed)  # of the texture
-    return pipeline(photo, Image.fromarray(mask), **options).images[0]
+    fill = partial(detail.fill_with_patches, settings=detail.Settings(exact=EXACT))
+    with patch.object(detail, "fill_with_patches", fill):
+        return pipeline(photo, Image.fromarray(mask), **options).images[0]
 
 
 def assert_alike(given, expected, mask):
