@@ -10,6 +10,15 @@ from diffusers_moebius.loaders.release_checkpoint import UNET_PREFIX
 from diffusers_moebius.models.unet_2d_moebius import MoebiusUNet2DModel
 from diffusers_moebius.models.unet_2d_pixelhacker import PixelHackerUNet2DModel
 
+SIZES = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "num_attention_heads": 4,
+    "cross_attention_dim": 16,
+    "encoder_hid_dim": 24,
+    "norm_num_groups": 8,
+}
+
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
@@ -33,16 +42,7 @@ def hub(monkeypatch, tmp_path):
 def tiny_unet():
     """Smaller than that of the other tests, as it is written and read many times here."""
     torch.manual_seed(0)
-    return MoebiusUNet2DModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        num_attention_heads=4,
-        cross_attention_dim=16,
-        encoder_hid_dim=24,
-        local_window_size=3,
-        norm_num_groups=8,
-    ).eval()
+    return MoebiusUNet2DModel(**SIZES, block_out_channels=(16, 32), local_window_size=3).eval()
 
 
 @pytest.fixture
@@ -75,15 +75,7 @@ def release_hub(hub, release_state_dict, tiny_vae, tmp_path):
 @pytest.fixture
 def pixelhacker_unet():
     torch.manual_seed(0)
-    return PixelHackerUNet2DModel(
-        sample_size=8,
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        num_attention_heads=4,
-        cross_attention_dim=16,
-        encoder_hid_dim=24,
-        norm_num_groups=8,
-    ).eval()
+    return PixelHackerUNet2DModel(**SIZES, block_out_channels=(16, 16)).eval()
 
 
 @pytest.fixture(params=["moebius", "pixelhacker"])

@@ -589,11 +589,14 @@ export async function fillWithPatches(
     low = blur(guide, settings.leadSigma);
     for (let i = 0; i < low.data.length; i++) low.data[i] *= Math.sqrt(lead);
   }
-  const rough = roughness(image, invert(hole));
-  const withRough = planes(5, hole.height, hole.width);
-  withRough.data.set(image.data);
-  withRough.data.set(rough.data.map((value) => settings.texture * value), 3 * size);
-  const levels = [{ image: withRough, hole, source, guide, low }];
+  if (settings.texture) {
+    const rough = roughness(image, invert(hole)).data.map((value) => settings.texture * value);
+    const withRough = planes(5, hole.height, hole.width);
+    withRough.data.set(image.data);
+    withRough.data.set(rough, 3 * size);
+    image = withRough;
+  }
+  const levels = [{ image, hole, source, guide, low }];
   for (let last = levels[0]; isDivisible(last.hole, last.source, settings); last = levels[levels.length - 1]) {
     const { small, share } = halveKnown(last.image, invert(last.hole));
     levels.push({

@@ -33,7 +33,7 @@ class Settings(NamedTuple):
     Args:
         radius (`int`): A patch has `2 * radius + 1` pixels a side.
         components (`int`): Principal components by which patches are compared.
-        texture (`float`): Weight of the channels that say how rough the picture is.
+        texture (`float`): Weight of the channels that say how rough the picture is; with 0 there are none.
         position (`tuple[float, float]`): How far a patch may come from below or above, and from the side: weight of
             the distance in parts of the region's size, times the region's contrast.
         lead_sigma (`float`): What counts as the low frequencies of a filling that leads, in pixels.
@@ -44,8 +44,8 @@ class Settings(NamedTuple):
         mean (`float`): Weight of the patches' mean colours, which may be corrected, against their other components.
         shift (`float`): By how much a patch's mean colour is corrected at most, at the two finest scales.
         gamma (`float`): By how much a patch counts less for each pixel that it lies farther inside the hole.
-        around (`float`): Of how far around a pixel, at full size, the guide's first three channels are compared as
-            well, in eight directions; 0 compares them at the pixel alone.
+        around (`float`): How far from a pixel, at full size, the guide's first three channels are compared as well, in
+            eight directions; with 0 only at the pixel itself.
         spread (`float`): In voting a patch counts `exp(-distance / spread)`, in units of the upper quartile of all
             distances.
     """
@@ -122,7 +122,8 @@ class _Scale:
     Rows are gathered by `index_select`, since indexing in brackets takes several times as long on a CPU.
 
     Args:
-        image (`torch.Tensor` of shape `[C, H, W]`): Colours and roughness; what is in the hole is not looked at.
+        image (`torch.Tensor` of shape `[C, H, W]`): Colours, and roughness if it counts; what is in the hole is not
+            looked at.
         hole (`torch.Tensor` of shape `[H, W]`): Boolean.
         source (`torch.Tensor` of shape `[H, W]`): Pixels that may be copied.
         guide (`torch.Tensor` of shape `[K, H, W]`): What else is to be matched in its place, already weighted.
@@ -370,8 +371,9 @@ def fill_with_patches(
     """
     guide = torch.where(hole, guide, image)
     low = lead if torch.is_tensor(lead) else math.sqrt(lead) * _blur(guide, settings.lead_sigma)
-    rough = settings.texture * _roughness(image, ~hole)
-    levels = [(torch.cat([image, rough]), hole, source, guide, low)]
+    if settings.texture:
+        image = torch.cat([image, settings.texture * _roughness(image, ~hole)])
+    levels = [(image, hole, source, guide, low)]
     while _is_divisible(*levels[-1][1:3], settings):
         image_, hole_, source_, guide_, low_ = levels[-1]
         known = (~hole_).float()[None]

@@ -18,11 +18,12 @@ MASK_SOURCES = ("auto", "alpha", "transparent", "luminance")
 # Shares of a photo from which on a mask is remarked upon: pixels of middle grey, and pixels to be filled.
 GREY_SHARE = 0.05
 LARGE_SHARE = 0.6
-# What is left of an object beside its mask, in rings of 2 px around it where the photo's shorter side has 512: how
-# many rings it may take; how much farther its colours are from those around it than elsewhere; for how long a stretch
-# of the mask it is decided; how many rings farther out a ring is compared with, and with how many; and the rings whose
-# difference is taken for usual.
-RINGS, FOREIGN, STRETCH, GAP, REACH, USUAL = 4, 1.5, 64, 2.5, 16, (6, 8, 10)
+# What is left of an object is looked for in rings around its mask, of 2 px where the photo's shorter side has 512.
+RINGS = 4  # that a mask may take
+STRETCH = 64  # rings' widths: for so long a stretch of the mask it is decided at once
+GAP, REACH = 2.5, 16  # a ring is compared with the next 16 after a gap
+USUAL = (6, 8, 10)  # rings so far out tell what difference is usual
+FOREIGN = 1.5  # times the usual difference
 
 
 def load_masks(
@@ -226,7 +227,8 @@ def grow_over_rims(mask: np.ndarray, image: Image.Image) -> np.ndarray:
         if own.any():
             photo = read_picture(image.crop((x, y, x + own.shape[1], y + own.shape[0])), "image")
             colours = torch.from_numpy(photo.rgb()[::step, ::step]).float()
-            rings = _count_foreign(colours, _reduce(own, step), _reduce(mask[part], step), width / step)
+            masks = torch.from_numpy(np.stack([own, mask[part]])).float()
+            rings = _count_foreign(colours, *(F.max_pool2d(masks, step, ceil_mode=True) > 0), width / step)
             grown[part] |= grow(torch.from_numpy(own), round(rings * width)).numpy()
     return grown
 
@@ -245,11 +247,6 @@ def _count_foreign(colours: torch.Tensor, hole: torch.Tensor, unknown: torch.Ten
     usual = np.mean([difference(start) for start in USUAL]) + 0.001  # a quarter of a grey level
     # Where there is nothing to compare with, no number is greater.
     return next((rings for rings in range(RINGS) if not difference(rings) > FOREIGN * usual), RINGS)
-
-
-def _reduce(mask: np.ndarray, step: int) -> torch.Tensor:
-    rows, columns = (range(0, length, step) for length in mask.shape)
-    return torch.from_numpy(np.logical_or.reduceat(np.logical_or.reduceat(mask, rows, 0), columns, 1))
 
 
 def mask_box(mask: np.ndarray, margin: int = 0) -> tuple[int, int, int, int]:
